@@ -1,0 +1,58 @@
+# `make` lists the targets. PYTHON chooses the interpreter for the environments (>= 3.11).
+PYTHON ?= python3
+TARGET ?= embedded
+BIN := .venv/bin
+export PYTHONDONTWRITEBYTECODE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install run lab aws aws-stop test lint unit integration notebooks refresh \
+	bench-cold-start clean distclean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { gsub(/\$$\$$/, "$$", $$2); printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: ## create or update the environments (every target below does it by itself)
+	@$(PYTHON) local/install.py
+
+run: install ## run all notebooks against the embedded AWS; print its answer (TARGET=aws: against your account)
+	@$(BIN)/python -m local.walkthrough --target $(TARGET)
+
+lab: install ## start the embedded AWS and open JupyterLab
+	@eval "$$($(BIN)/python -m local.aws start)" && \
+	exec $(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 notebooks/00_setup.ipynb
+
+aws: install ## start the embedded AWS; eval "$$(make -s aws)" points this shell at it
+	@$(BIN)/python -m local.aws start
+
+aws-stop: ## stop the embedded AWS and delete what is deployed there
+	@test ! -x $(BIN)/python || $(BIN)/python -m local.aws stop
+
+test: install lint unit integration notebooks ## all checks
+
+lint: install ## ruff, shellcheck, cfn-lint, sam validate
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck layer/*.sh .ci/run
+	$(BIN)/cfn-lint template.yaml
+	AWS_DEFAULT_REGION=us-east-1 SAM_CLI_TELEMETRY=0 $(BIN)/sam validate --lint
+
+unit: install ## unit tests: no network, seconds
+	$(BIN)/python -m pytest tests/unit
+
+integration: install ## tests against the embedded AWS and Lambda's runtime emulator
+	$(BIN)/python -m pytest tests/integration
+
+notebooks: install ## run the notebooks; compare what they print with what is stored (nbval)
+	$(BIN)/python -m pytest tests/notebooks
+
+refresh: install ## run the notebooks and store their outputs in place
+	@$(BIN)/python -m local.walkthrough --refresh
+
+bench-cold-start: install ## our layer against the reference's method, under Lambda's runtime
+	$(BIN)/python -m benchmarks.cold_start
+
+clean: aws-stop ## delete everything generated but the environments
+	rm -rf build layer/*.zip layer/*.json .aws-sam packaged.yaml
+
+distclean: clean ## delete the environments too
+	rm -rf .venv .venv-aws

@@ -1,0 +1,254 @@
+"""Run the whole series of notebooks in order, as `make run` does.
+
+    python -m local.walkthrough              against an embedded AWS of its own
+    python -m local.walkthrough --target aws against the AWS account of the environment
+    python -m local.walkthrough --refresh    and store the outputs in notebooks/ (for maintainers)
+
+Executed notebooks are kept in build/run/. The last line printed is what the endpoint answered.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import functools
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+import papermill
+from papermill.engines import NBClientEngine, papermill_engines
+from papermill.exceptions import PapermillExecutionError
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from traitlets.config import Config
+
+from local import aws
+from local.errors import UserError
+from local.paths import BUILD, ROOT
+
+RUN = BUILD / "run"
+ANSWERS = BUILD / "answers.json"  # written by notebook 07
+TAIL = 6  # lines of a failed cell's output that are shown
+
+KERNEL = Config({"KernelManager": {"transport": "ipc"}})  # no port that others could listen to
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+class Steps:
+    """Shows which step of a notebook runs and how long each took. A step is a headed section."""
+
+    def __init__(self, notebook: nbformat.NotebookNode):
+        self.headings = _headings(notebook)
+        self.name = ""
+        self.started = 0.0
+        self.progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+
+    def __enter__(self) -> "Steps":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._finish()
+        self.progress.stop()
+
+    def cell(self, index: int) -> None:
+        """The cell at `index` starts."""
+        name = self.headings[index]
+        if name != self.name:
+            self._finish()
+            self.name, self.started = name, time.monotonic()
+            self.progress.add_task(name)
+
+    def _finish(self) -> None:
+        for task in self.progress.task_ids:
+            self.progress.remove_task(task)
+        if self.name:
+            seconds = time.monotonic() - self.started
+            console.print(f"   {self.name:60} {seconds:6.1f} s", markup=False)
+        self.name = ""
+
+
+class Engine(NBClientEngine):
+    """papermill's own engine, telling `steps` about each cell."""
+
+    steps: Steps
+
+    @classmethod
+    def execute_managed_notebook(cls, nb_man, kernel_name, **kwargs):
+        cell_start = nb_man.cell_start
+
+        @functools.wraps(cell_start)
+        def announce(cell, cell_index=None, **others):
+            if cell.cell_type == "code":
+                cls.steps.cell(cell_index)
+            return cell_start(cell, cell_index, **others)
+
+        nb_man.cell_start = announce
+        return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
+
+
+def run_notebook(path: Path, output: Path) -> None:
+    """Execute one notebook. Ends the program with its name, the cell and the cause if it fails."""
+    notebook = nbformat.read(path, as_version=4)
+    title = notebook.cells[0].source.splitlines()[0].lstrip("# ")
+    console.print(f"{path.stem[:2]}  {title}", style="bold", markup=False)
+    with Steps(notebook) as steps:
+        Engine.steps = steps
+        try:
+            papermill.execute_notebook(
+                str(path),
+                str(output),
+                engine_name="steps",
+                kernel_name="python3",
+                cwd=str(path.parent),
+                progress_bar=False,
+                config=KERNEL,
+            )
+            return
+        except PapermillExecutionError as error:
+            if error.ename == "KeyboardInterrupt":
+                raise KeyboardInterrupt from None
+            failed = steps.headings[error.cell_index], error
+        except (RuntimeError, OSError) as error:  # the kernel died or did not start
+            failed = steps.name, error
+    explain(path, output, *failed)
+
+
+def explain(path: Path, output: Path, step: str, error: Exception) -> None:
+    """End the program: what the failed cell printed, then notebook, cell and cause."""
+    cell, cause = "", str(error)
+    if isinstance(error, PapermillExecutionError):
+        cell = f", cell [{error.exec_count}]"
+        cause = error.evalue if error.ename == "UserError" else f"{error.ename}: {error.evalue}"
+        executed = nbformat.read(output, as_version=4)
+        for printed in _streams(executed, error.exec_count)[-TAIL:]:
+            print(f"   | {printed}", file=sys.stderr)
+    cause = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", cause).split())
+    print(
+        f"The run failed in {path.name}{cell}, step “{step}”.\n"
+        f"The notebook with all its output: {_shown(output)}\n"
+        f"{cause}",
+        file=sys.stderr,
+    )
+    sys.exit(1)
+
+
+def store_outputs(executed: Path, notebook: Path) -> None:
+    """Put the outputs of a run into the notebook, without papermill's notes on the run."""
+    result = nbformat.read(executed, as_version=4)
+    result.metadata.pop("papermill", None)
+    for cell in result.cells:
+        cell.metadata.pop("papermill", None)
+        cell.metadata.pop("execution", None)
+    beside = notebook.with_suffix(".new")
+    nbformat.write(result, beside)
+    beside.replace(notebook)
+
+
+def report() -> None:
+    """The endpoint, the image sent and, as the last line, the body that was answered."""
+    answer = json.loads(ANSWERS.read_text())[0]
+    print(f"Endpoint  {answer['endpoint']}")
+    print(f"Image     {answer['image']}")
+    print(answer["body"])
+
+
+def _headings(notebook: nbformat.NotebookNode) -> list[str]:
+    """For each cell, the heading that it stands under."""
+    heading, headings = "", []
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            found = re.findall(r"^#{1,3} +(.+)$", cell.source, re.MULTILINE)
+            heading = found[-1] if found else heading
+        headings.append(heading)
+    return headings
+
+
+def _streams(notebook: nbformat.NotebookNode, exec_count: int) -> list[str]:
+    """The lines that the cell with this execution count printed."""
+    for cell in notebook.cells:
+        if cell.get("execution_count") == exec_count:
+            texts = [o.text for o in cell.outputs if o.output_type == "stream"]
+            return "".join(texts).strip().splitlines()
+    return []
+
+
+def _shown(path: Path) -> Path:
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+
+
+@contextlib.contextmanager
+def _only_run() -> Iterator[None]:
+    """Refuse to run twice at a time in one folder: the second would overwrite the first's files."""
+    RUN.mkdir(parents=True, exist_ok=True)
+    with open(RUN / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"Another run is under way in {_shown(RUN)}; wait for it or stop it.")
+        yield
+
+
+@contextlib.contextmanager
+def _target(name: str) -> Iterator[None]:
+    if name == "aws":
+        os.environ.pop("AWS_ENDPOINT_URL", None)
+        yield
+        return
+    with aws.running(RUN / "aws") as variables:
+        aws.adopt(variables)
+        yield
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m local.walkthrough", description="Run all notebooks in order."
+    )
+    parser.add_argument(
+        "--target",
+        choices=["embedded", "aws"],
+        default="embedded",
+        help="aws: the account that AWS_PROFILE or the credentials of the environment select",
+    )
+    parser.add_argument(
+        "--refresh", action="store_true", help="store the outputs in notebooks/ afterwards"
+    )
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.default_int_handler)
+    papermill_engines.register("steps", Engine)
+    notebooks = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    started = time.monotonic()
+    os.environ["IPYTHONDIR"] = str(RUN / "ipython")  # no personal configuration, no history
+    try:
+        with _only_run(), _target(arguments.target):
+            for old in (ANSWERS, *RUN.glob("*.ipynb")):
+                old.unlink(missing_ok=True)
+            for path in notebooks:
+                run_notebook(path, RUN / path.name)
+            if arguments.refresh:
+                for path in notebooks:
+                    store_outputs(RUN / path.name, path)
+    except UserError as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("Interrupted; the embedded AWS of this run is stopped. `make run` starts over.")
+    print(f"\nAll {len(notebooks)} notebooks ran in {time.monotonic() - started:.0f} s.")
+    report()
+
+
+if __name__ == "__main__":
+    main()
