@@ -1,0 +1,7 @@
+"""From images to a bundle on S3: data, train, trace, bundle, upload, each with a command line."""
+
+import os
+
+# OpenMP's threads spin while they wait for each other. Where cores are shared that made training
+# several times slower than sleeping does. Read once, when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,0 +1,115 @@
+"""A trained classifier and everything that was decided about it, in one file that is safe to load.
+
+`train` makes it, `trace` and the notebooks take it from there.
+"""
+
+import difflib
+import hashlib
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import nn
+
+from preprocessing import Preprocessing
+from training.atomic import replacing
+from training.cli import UserError
+
+FORMAT = "image-classifier-checkpoint-1"
+# With these two a classifier in training mode would return auxiliary outputs beside its own.
+WITHOUT_AUXILIARY = {"googlenet": {"aux_logits": False}, "inception_v3": {"aux_logits": False}}
+
+
+@dataclass
+class TrainedModel:
+    """A classifier on the CPU, in evaluation mode, with its record.
+
+    Attributes:
+        architecture: torchvision's name for it, such as `resnet18`.
+        options: further arguments of torchvision's constructor.
+        classes: names in the order of the model's outputs.
+        model: maps float32 of (N, 3, crop, crop) to logits of (N, len(classes)).
+        history: one dict an epoch: `epoch`, `train_loss`, `train_accuracy`, `val_loss`,
+            `val_accuracy` (mean cross-entropy in nats; share of right answers in 0..1).
+        metrics: `best_epoch`, `test_loss`, `test_accuracy`, `test_images`, `seconds`;
+            empty if it was not trained here.
+        configuration: what decided the result: source, seed, epochs, hashes of data and code.
+        versions: of the libraries that made it.
+    """
+
+    architecture: str
+    options: dict
+    classes: list[str]
+    preprocessing: Preprocessing
+    model: nn.Module
+    history: list[dict] = field(default_factory=list)
+    metrics: dict = field(default_factory=dict)
+    configuration: dict = field(default_factory=dict)
+    versions: dict = field(default_factory=lambda: library_versions())
+
+    def save(self, path: Path) -> None:
+        """Write plain types and tensors only, so that the file loads with `weights_only=True`."""
+        record = {item.name: getattr(self, item.name) for item in fields(self)}
+        record |= {
+            "format": FORMAT,
+            "preprocessing": self.preprocessing.to_json(),
+            "model": self.model.state_dict(),
+        }
+        with replacing(path) as partial:
+            torch.save(record, partial)
+
+    @classmethod
+    def load(cls, path: Path) -> "TrainedModel":
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: the file is missing, damaged or something else.
+        """
+        if not path.is_file():
+            raise UserError(f"there is no checkpoint {path}; train a model first (training.train)")
+        try:
+            record = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file fails in many ways, all of which mean this
+            raise UserError(f"{path} is damaged or not a PyTorch checkpoint") from error
+        if not isinstance(record, dict) or record.pop("format", None) != FORMAT:
+            raise UserError(f"{path} is a PyTorch file, but not a checkpoint of training.train")
+        try:
+            state = record.pop("model")
+            record["preprocessing"] = Preprocessing.from_json(record["preprocessing"])
+            model = build(record["architecture"], len(record["classes"]), record["options"])
+            model.load_state_dict(state)
+            return cls(model=model.eval(), **record)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path} is inconsistent: {reason}") from error
+
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that decides what the model answers, and of nothing else."""
+        digest = hashlib.sha256(json.dumps([self.architecture, self.options]).encode())
+        for name, tensor in self.model.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def build(architecture: str, classes: int, options: dict | None = None) -> nn.Module:
+    """An untrained torchvision classifier with `classes` outputs.
+
+    Raises:
+        UserError: torchvision has no classifier of that name.
+    """
+    check_architecture(architecture)
+    return torchvision.models.get_model(architecture, num_classes=classes, **(options or {}))
+
+
+def check_architecture(name: str) -> None:
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name not in names:
+        close = difflib.get_close_matches(str(name), names, n=3) or ["resnet18"]
+        raise UserError(f"torchvision has no classifier {name!r}; try {', '.join(close)}")
+
+
+def library_versions() -> dict:
+    return {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}

@@ -1,0 +1,281 @@
+"""Turn a trained model into TorchScript that answers the same: `python -m training.trace`.
+
+The archive is compared with the eager model here, and then once more in the serving environment:
+the packages of the Lambda layer, another release of torch, in an interpreter that has nothing else.
+"""
+
+import argparse
+import io
+import json
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+import preprocessing as preprocessing_module
+from preprocessing import Preprocessing
+from training.atomic import replacing
+from training.cli import UserError, run
+from training.data import DIGITS, write_digits
+from training.model import TrainedModel, library_versions
+from training.train import OUTPUT
+
+# Largest accepted difference between two logits, as a share of the largest logit (at least of 1).
+TOLERANCE = 1e-4
+PROVENANCE = "trace.json"
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs of one model over the same images.
+
+    Attributes:
+        images: how many images were compared.
+        max_difference: largest absolute difference between two logits.
+        same_class: for how many images both runs name the same class.
+        agrees: all of them, and no difference over `TOLERANCE`.
+        versions: of the packages that made the second run.
+    """
+
+    images: int
+    max_difference: float
+    same_class: int
+    agrees: bool
+    versions: dict
+
+
+def trace(trained: TrainedModel, images: Sequence[Path], output: Path) -> Comparison:
+    """Trace `trained` into `output` and compare both on `images`.
+
+    An archive that was traced from the same weights by the same torch is kept as it is. The archive
+    of a fresh process is the same byte for byte; a second trace in one process numbers its classes
+    differently.
+
+    `torch.jit.trace` is deprecated in favour of `torch.export`; it works in the pinned release,
+    and that the archive runs in the layer's release is what `check_in_serving` proves each time.
+
+    Raises:
+        UserError: an image cannot be read, or the two models disagree (nothing is written then).
+    """
+    provenance = json.dumps(
+        {"model": trained.fingerprint(), "crop": trained.preprocessing.crop, **library_versions()},
+        sort_keys=True,
+    )
+    inputs = load_images(images, trained.preprocessing)
+    kept = _traced_before(output, provenance)
+    traced = kept or trace_module(trained.model, torch.from_numpy(inputs[:1]))
+    comparison = compare(
+        run_model(trained.model, inputs),
+        run_model(traced, inputs),
+        {"torch": str(torch.__version__)},
+    )
+    if not comparison.agrees:
+        raise UserError(f"the traced model differs from the eager one: {comparison}")
+    if not kept:
+        with replacing(output) as partial:
+            partial.write_bytes(serialize(traced, {PROVENANCE: provenance}))
+    return comparison
+
+
+def trace_module(model: nn.Module, example: torch.Tensor) -> torch.jit.ScriptModule:
+    """Trace any module on the CPU in evaluation mode; `example` is one batch of its input."""
+    # Torch's own check traces again and wants the same graph, which attention layers do not give;
+    # `trace` compares answers on real images instead.
+    with _without_deprecation(), torch.no_grad():
+        return torch.jit.trace(model.cpu().eval(), example, check_trace=False)
+
+
+def serialize(module: torch.jit.ScriptModule, extra_files: dict[str, str] | None = None) -> bytes:
+    """The bytes of a TorchScript archive without its debug records.
+
+    `torch.jit.save` adds to each source file a record of the Python call stack that traced it:
+    names of files on this machine, which would differ in every checkout and be published with the
+    model.
+    """
+    buffer = io.BytesIO()
+    # Saved to a buffer, not a path: the archive would otherwise contain the (temporary) file name.
+    with _without_deprecation():
+        torch.jit.save(module, buffer, _extra_files=extra_files or {})
+    reader = torch._C.PyTorchFileReader(io.BytesIO(buffer.getvalue()))
+    stripped = io.BytesIO()
+    # These two classes are what torch.save and torch.package are made of; unlike zipfile, the
+    # writer aligns tensors to 64 bytes, which loading relies on.
+    writer = torch._C.PyTorchFileWriter(stripped)
+    for name in reader.get_all_records():
+        written_by_itself = name in ("version", "byteorder") or name.startswith(".data/")
+        if not written_by_itself and not name.endswith(".debug_pkl"):
+            record = reader.get_record(name)
+            writer.write_record(name, record, len(record))
+    writer.write_end_of_file()
+    return stripped.getvalue()
+
+
+def check_in_serving(
+    model_path: Path,
+    preprocessing: Preprocessing,
+    images: Sequence[Path],
+    packages: Path | None = None,
+) -> Comparison:
+    """Run the archive here and in the serving environment, from image files to logits, and compare.
+
+    Args:
+        packages: directory with the serving environment's torch, numpy and Pillow; by default that
+            of the layer, which is installed on first use.
+
+    Raises:
+        UserError: the archive does not run there, or the answers differ.
+    """
+    if packages is None:
+        # Only here: whoever brings his own packages needs no layer builder.
+        from layer.build import BuildError, serving_packages
+
+        try:
+            packages = serving_packages()
+        except BuildError as error:
+            raise UserError(f"the serving environment cannot be installed: {error}") from error
+    expected = run_model(load_archive(model_path), load_images(images, preprocessing))
+    with tempfile.TemporaryDirectory() as scratch:
+        request, answer = Path(scratch, "request.json"), Path(scratch, "answer.npy")
+        request.write_text(
+            json.dumps(
+                {
+                    "packages": str(packages),
+                    "preprocessing_module": str(
+                        Path(preprocessing_module.__file__).resolve().parent
+                    ),
+                    "preprocessing": preprocessing.to_json(),
+                    "model": str(model_path.resolve()),
+                    "images": [str(path.resolve()) for path in images],
+                    "answer": str(answer),
+                }
+            )
+        )
+        script = Path(__file__).with_name("run_in_serving.py")
+        # -I -S: no environment variables or site-packages, only the library and `packages`.
+        command = [sys._base_executable, "-I", "-S", str(script), str(request)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        if done.returncode != 0:
+            reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+            raise UserError(f"{model_path} does not run in the serving environment: {reason}")
+        comparison = compare(expected, np.load(answer), json.loads(done.stdout.splitlines()[-1]))
+    if not comparison.agrees:
+        raise UserError(f"the serving environment answers differently: {comparison}")
+    return comparison
+
+
+def run_model(model: nn.Module, inputs: np.ndarray) -> np.ndarray:
+    """Logits of (N, classes) for inputs of (N, 3, height, width), computed one image at a time, as
+    the Lambda function does."""
+    with torch.inference_mode():
+        outputs = [model(torch.from_numpy(image[None])) for image in inputs]
+    return torch.cat(outputs).numpy()
+
+
+def compare(first: np.ndarray, second: np.ndarray, versions: dict) -> Comparison:
+    """Compare two arrays of logits, (N, classes) each."""
+    if first.shape != second.shape:
+        raise UserError(f"the models answer in different shapes: {first.shape}, {second.shape}")
+    difference = float(np.abs(first - second).max())
+    same = int((first.argmax(1) == second.argmax(1)).sum())
+    scale = max(1.0, float(np.abs(first).max()))
+    # Written so that NaN does not agree.
+    agrees = difference <= TOLERANCE * scale and same == len(first)
+    return Comparison(len(first), difference, same, agrees, versions)
+
+
+def load_archive(path: Path) -> torch.jit.ScriptModule:
+    """Load a TorchScript archive on the CPU.
+
+    Raises:
+        UserError: the file is missing or is no TorchScript archive.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no model {path}; trace one first (training.trace)")
+    try:
+        with _without_deprecation():
+            return torch.jit.load(path, map_location="cpu").eval()
+    except RuntimeError as error:
+        raise UserError(f"{path} is damaged or not a TorchScript archive") from error
+
+
+def find_images(folder: Path, limit: int = 16) -> list[Path]:
+    """At most `limit` image files from `folder` and below, evenly spread over their sorted names.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not found:
+        raise UserError(f"there are no images in {folder}")
+    return [found[i * len(found) // limit] for i in range(limit)] if len(found) > limit else found
+
+
+def load_images(paths: Sequence[Path], preprocessing: Preprocessing) -> np.ndarray:
+    """Read and preprocess image files into float32 of (N, 3, crop, crop)."""
+    if not paths:
+        raise UserError("no image was given to compare the models with")
+    inputs = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                inputs.append(preprocessing(image))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UserError(f"{path} cannot be read as an image") from error
+    return np.stack(inputs)
+
+
+def _traced_before(path: Path, provenance: str) -> torch.jit.ScriptModule | None:
+    extra = {PROVENANCE: ""}
+    if not path.is_file():
+        return None
+    try:
+        with _without_deprecation():
+            module = torch.jit.load(path, map_location="cpu", _extra_files=extra)
+    except RuntimeError:
+        return None  # damaged or something else: traced anew
+    return module if extra[PROVENANCE] == provenance.encode() else None
+
+
+@contextmanager
+def _without_deprecation() -> Iterator[None]:
+    """TorchScript's functions each say that they are deprecated, some once a submodule; `trace`
+    says once what that means here. Every other warning stays."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", FutureWarning)
+        yield
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.trace", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--checkpoint", type=Path, default=OUTPUT / "checkpoint.pt")
+    parser.add_argument(
+        "--output", type=Path, help="default: ARCHITECTURE.pt beside the checkpoint"
+    )
+    parser.add_argument(
+        "--images", type=Path, help="folder of images to compare on (default: digits)"
+    )
+    parser.add_argument("--packages", type=Path, help="the serving packages (default: the layer's)")
+    args = parser.parse_args()
+    trained = TrainedModel.load(args.checkpoint)
+    output = args.output or args.checkpoint.with_name(f"{trained.architecture}.pt")
+    images = find_images(args.images or write_digits(DIGITS) / "test")
+    print("traced and eager:", json.dumps(asdict(trace(trained, images, output))))
+    serving = check_in_serving(output, trained.preprocessing, images, args.packages)
+    print("here and serving:", json.dumps(asdict(serving)))
+    print(f"{output}: {output.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    run(main)
