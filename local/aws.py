@@ -1,9 +1,6 @@
 """The embedded AWS: a MiniStack server in an environment of its own (.venv-aws).
 
-    python -m local.aws start     start it, or find the one that runs; print its environment
-    python -m local.aws stop      stop it and delete its state
-    python -m local.aws status    say whether it runs
-    python -m local.aws run CMD   run a command against one that lives only as long
+    python -m local.aws {start,stop,status,run} --help
 
 `make aws`, `make lab`, `make run`, the tests and the first cell of every notebook come here.
 Standard-library and psutil only. Nothing here knows what is deployed on the server.
@@ -28,7 +25,7 @@ from pathlib import Path
 
 import psutil
 
-from local.errors import UserError
+from local.cli import UserError, run
 from local.paths import BUILD, ROOT
 
 MINISTACK = ROOT / ".venv-aws" / "bin" / "ministack"
@@ -244,45 +241,45 @@ def _tail(log: Path, lines: int = 15) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m local.aws", description="The embedded AWS.")
-    parser.add_argument("command", choices=["start", "stop", "status", "run"])
-    parser.add_argument(
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
         "--home",
         type=Path,
         default=BUILD / "aws",
         help="folder of its state (default: build/aws); one server each",
     )
-    parser.add_argument("argv", nargs=argparse.REMAINDER, help="for run: the command")
+    parser = argparse.ArgumentParser(prog="python -m local.aws", description="The embedded AWS.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, help_ in {
+        "start": "start it, or find the one that runs; print its environment for a shell",
+        "stop": "stop it and delete its state",
+        "status": "say whether it runs",
+        "run": "run a command against one that lives only as long",
+    }.items():
+        command = commands.add_parser(name, help=help_, description=help_, parents=[common])
+        if name == "run":
+            command.add_argument("argv", nargs="+", metavar="COMMAND", help="after a --")
     arguments = parser.parse_args()
-    if bool(arguments.argv) != (arguments.command == "run"):
-        parser.error("`run` takes a command, the others take none")
     home = arguments.home.resolve()
-    try:
-        if arguments.command == "start":
-            port = start(home)
-            variables = environment(port)
-            bin_folder = ROOT / ".venv" / "bin"
-            print('# For this shell:  eval "$(make -s aws)"     To end it:  make aws-stop')
-            print("unset " + " ".join(FOREIGN))
-            for name, value in variables.items():
-                print(f"export {name}={shlex.quote(value)}")
-            print(f'export PATH={shlex.quote(str(bin_folder))}:"$PATH"')
-        elif arguments.command == "stop":
-            print("Stopped." if stop(home) else "The embedded AWS was not running.")
-        elif arguments.command == "run":
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
-            with running(home) as variables:
-                adopt(variables)
-                sys.exit(subprocess.run(arguments.argv, check=False).returncode)
-        else:
-            port = find(home)
-            print(f"Runs at http://127.0.0.1:{port}" if port else "Not running.")
-            sys.exit(0 if port else 1)
-    except UserError as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    if arguments.command == "start":
+        port = start(home)
+        print('# For this shell:  eval "$(make -s aws)"     To end it:  make aws-stop')
+        print("unset " + " ".join(FOREIGN))
+        for name, value in environment(port).items():
+            print(f"export {name}={shlex.quote(value)}")
+        print(f'export PATH={shlex.quote(str(ROOT / ".venv" / "bin"))}:"$PATH"')
+    elif arguments.command == "stop":
+        print("Stopped." if stop(home) else "The embedded AWS was not running.")
+    elif arguments.command == "run":
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with running(home) as variables:
+            adopt(variables)
+            sys.exit(subprocess.run(arguments.argv, check=False).returncode)
+    else:
+        port = find(home)
+        print(f"Runs at http://127.0.0.1:{port}" if port else "Not running.")
+        sys.exit(0 if port else 1)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -17,7 +17,7 @@ import botocore.config
 import botocore.exceptions
 
 from local import aws
-from local.errors import UserError
+from local.cli import UserError
 from local.paths import BUILD, ROOT
 
 AWS_ERRORS = (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError)
@@ -137,22 +137,14 @@ def require_stack(name: str) -> dict[str, str]:
 
 
 def sample_images(folder: str | Path | None = None, limit: int = 10) -> list[Path]:
-    """Images to try a model on, the same at every call.
+    """At most `limit` images of a folder and its sub-folders, spread evenly, always the same.
 
-    From `folder`, or from the digits' test images: where it has a sub-folder a class, one of each,
-    else the first ones. UserError if there are none.
+    `None` stands for the digits' test images, of which this gives one a class.
     """
+    from training.trace import find_images  # imports torch, which not every notebook needs
+
     chosen = Path(folder) if folder else require(BUILD / "data" / "digits" / "test", "01_train")
-    images = sorted(
-        path
-        for path in chosen.rglob("*")
-        if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif")
-    )
-    one_a_class = list({path.parent: path for path in reversed(images)}.values())[::-1]
-    images = (one_a_class if len(one_a_class) > 1 else images)[:limit]
-    if not images:
-        raise UserError(f"There are no images in {chosen}.")
-    return images
+    return find_images(chosen, limit)
 
 
 def share_image(path: Path, bucket: str) -> str:

@@ -28,12 +28,12 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from traitlets.config import Config
 
-from local import aws
-from local.errors import UserError
+from local import aws, navigation
+from local.cli import run
 from local.paths import BUILD, ROOT
 
 RUN = BUILD / "run"
-ANSWERS = BUILD / "answers.json"  # written by notebook 07
+ANSWERS = BUILD / "answers.json"  # of notebook 07
 TAIL = 6  # lines of a failed cell's output that are shown
 
 KERNEL = Config({"KernelManager": {"transport": "ipc"}})  # no port that others could listen to
@@ -233,22 +233,18 @@ def main() -> None:
     notebooks = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     started = time.monotonic()
     os.environ["IPYTHONDIR"] = str(RUN / "ipython")  # no personal configuration, no history
-    try:
-        with _only_run(), _target(arguments.target):
-            for old in (ANSWERS, *RUN.glob("*.ipynb")):
-                old.unlink(missing_ok=True)
+    with _only_run(), _target(arguments.target):
+        for old in (ANSWERS, *RUN.glob("*.ipynb")):
+            old.unlink(missing_ok=True)
+        for path in notebooks:
+            run_notebook(path, RUN / path.name)
+        if arguments.refresh:
             for path in notebooks:
-                run_notebook(path, RUN / path.name)
-            if arguments.refresh:
-                for path in notebooks:
-                    store_outputs(RUN / path.name, path)
-    except UserError as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.exit("Interrupted; the embedded AWS of this run is stopped. `make run` starts over.")
+                store_outputs(RUN / path.name, path)
+            navigation.write()
     print(f"\nAll {len(notebooks)} notebooks ran in {time.monotonic() - started:.0f} s.")
     report()
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

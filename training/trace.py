@@ -22,9 +22,9 @@ from PIL import Image
 from torch import nn
 
 import preprocessing as preprocessing_module
+from local.cli import UserError, run
 from preprocessing import Preprocessing
 from training.atomic import replacing
-from training.cli import UserError, run
 from training.data import DIGITS, write_digits
 from training.model import TrainedModel, library_versions
 from training.train import OUTPUT
@@ -217,7 +217,8 @@ def find_images(folder: Path, limit: int = 16) -> list[Path]:
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not found:
         raise UserError(f"there are no images in {folder}")
-    return [found[i * len(found) // limit] for i in range(limit)] if len(found) > limit else found
+    spread = [found[(2 * i + 1) * len(found) // (2 * limit)] for i in range(limit)]
+    return spread if len(found) > limit else found
 
 
 def load_images(paths: Sequence[Path], preprocessing: Preprocessing) -> np.ndarray:

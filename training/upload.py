@@ -16,8 +16,8 @@ from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import BotoCoreError, ClientError
 from tqdm import tqdm
 
+from local.cli import UserError, run
 from local.paths import BUILD
-from training.cli import UserError, run
 
 # S3's limit for one PUT (https://docs.aws.amazon.com/AmazonS3/latest/userguide/upload-objects.html).
 # Unlike a multipart upload, one PUT has the checksum of the whole object.

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from local import aws
-from local.errors import UserError
+from local.cli import UserError
 from local.paths import ROOT
 
 MODULE = [sys.executable, "-m", "local.aws"]

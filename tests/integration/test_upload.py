@@ -6,7 +6,7 @@ import uuid
 import boto3
 import pytest
 
-from training.cli import UserError
+from local.cli import UserError
 from training.upload import upload
 
 pytestmark = pytest.mark.usefixtures("aws")

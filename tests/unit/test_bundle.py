@@ -4,9 +4,9 @@ import tarfile
 import pytest
 import torch
 
+from local.cli import UserError
 from preprocessing import IMAGENET, Preprocessing
 from training.bundle import create
-from training.cli import UserError
 from training.model import build
 from training.trace import serialize, trace_module
 

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from local.cli import UserError
 from training.atomic import replacing
-from training.cli import UserError
 from training.data import NAMES, write_digits
 
 

@@ -12,9 +12,9 @@ import torch
 import torchvision
 from PIL import Image
 
+from local.cli import UserError
 from preprocessing import IMAGENET, Preprocessing
 from training import plots
-from training.cli import UserError
 from training.model import TrainedModel, build
 from training.trace import (
     Comparison,

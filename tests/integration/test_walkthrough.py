@@ -1,0 +1,70 @@
+"""What `make run` says and leaves behind when a notebook fails."""
+
+import nbformat
+import papermill
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from local import walkthrough
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    papermill.engines.papermill_engines.register("steps", walkthrough.Engine)
+
+    def run(*cells: str):
+        notebook = new_notebook(cells=[new_markdown_cell("# A title\n\n> and more")])
+        notebook.cells.append(new_markdown_cell("## A step"))
+        notebook.cells += [new_code_cell(cell) for cell in cells]
+        path, output = tmp_path / "05_layer.ipynb", tmp_path / "executed.ipynb"
+        nbformat.write(notebook, path)
+        walkthrough.run_notebook(path, output)
+        return nbformat.read(output, as_version=4)
+
+    return run
+
+
+def test_a_good_notebook_shows_its_steps(run, capsys):
+    executed = run("print(6 * 7)")
+    assert executed.cells[-1].outputs[0].text == "42\n"
+    shown = capsys.readouterr().out
+    assert "05  A title" in shown
+    assert "A step" in shown
+
+
+@pytest.mark.parametrize(
+    ("cell", "cause"),
+    [
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("from local.cli import UserError\nraise UserError('Run 01 first.')", "Run 01 first."),
+        ("%%bash -eu\necho before >&2\nfalse", "CalledProcessError"),
+        ("import os\nos._exit(3)", "died"),
+    ],
+)
+def test_a_failure_names_notebook_cell_and_cause(run, capsys, cell, cause):
+    with pytest.raises(SystemExit) as exit_:
+        run("x = 1", cell, "y = 2")
+    assert exit_.value.code == 1
+    said = capsys.readouterr().err
+    assert "05_layer.ipynb" in said
+    assert "A step" in said
+    assert "executed.ipynb" in said
+    assert cause in said.splitlines()[-1]
+    assert "Traceback" not in said
+
+
+def test_the_executed_notebook_of_a_failure_is_kept(run, tmp_path):
+    with pytest.raises(SystemExit):
+        run("print('so far')", "1 / 0")
+    executed = nbformat.read(tmp_path / "executed.ipynb", as_version=4)
+    texts = [o.get("text", "") for c in executed.cells for o in c.get("outputs", [])]
+    assert "so far\n" in texts
+
+
+def test_stored_outputs_carry_nothing_of_the_run(run, tmp_path):
+    run("print(6 * 7)")
+    target = tmp_path / "05_layer.ipynb"
+    walkthrough.store_outputs(tmp_path / "executed.ipynb", target)
+    text = target.read_text()
+    assert "42" in text
+    assert "papermill" not in text
