@@ -29,12 +29,15 @@ aws-stop: ## stop the embedded AWS and delete what is deployed there
 
 test: install lint unit integration notebooks ## all checks
 
-lint: install ## ruff, shellcheck, cfn-lint, sam validate
+lint: install ## ruff, shellcheck, cfn-lint, sam validate, links between notebooks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/shellcheck layer/*.sh .ci/run
 	$(BIN)/cfn-lint template.yaml
 	AWS_DEFAULT_REGION=us-east-1 SAM_CLI_TELEMETRY=0 $(BIN)/sam validate --lint
+	$(BIN)/python -m local.navigation --check
+
+unit integration notebooks: export BUILD_DIR = build/test
 
 unit: install ## unit tests: no network, seconds
 	$(BIN)/python -m pytest tests/unit
@@ -42,8 +45,9 @@ unit: install ## unit tests: no network, seconds
 integration: install ## tests against the embedded AWS and Lambda's runtime emulator
 	$(BIN)/python -m pytest tests/integration
 
-notebooks: install ## run the notebooks; compare what they print with what is stored (nbval)
-	$(BIN)/python -m pytest tests/notebooks
+notebooks: install ## run the notebooks; compare what they print with what is stored
+	$(BIN)/python -m local.aws run --home build/test/aws -- $(BIN)/python -m pytest \
+		--nbval --nbval-current-env --nbval-sanitize-with tests/notebooks/sanitize.cfg notebooks
 
 refresh: install ## run the notebooks and store their outputs in place
 	@$(BIN)/python -m local.walkthrough --refresh
@@ -52,7 +56,7 @@ bench-cold-start: install ## our layer against the reference's method, under Lam
 	$(BIN)/python -m benchmarks.cold_start
 
 clean: aws-stop ## delete everything generated but the environments
-	rm -rf build layer/*.zip layer/*.json .aws-sam packaged.yaml
+	rm -rf build layer/*.zip .aws-sam packaged.yaml
 
 distclean: clean ## delete the environments too
 	rm -rf .venv .venv-aws
