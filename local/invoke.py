@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import zipfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import IO
 
 import requests
 
@@ -42,49 +44,52 @@ def emulator() -> Path:
 
 
 @contextlib.contextmanager
-def running(task: Path, layer: Path, variables: dict[str, str], log: int | None) -> Iterator[str]:
+def running(
+    task: Path,
+    layer: Path,
+    scratch: Path,
+    variables: dict[str, str],
+    log: int | IO[bytes],
+    cores: set[int] | None = None,
+) -> Iterator[str]:
     """The function in folder `task` with an unpacked layer, until the block ends.
 
-    Yields the address to POST events to. The environment starts with the first of them.
+    `scratch` is its /tmp, `cores` the processors that it may use. Yields the address to POST events
+    to; the execution environment starts with the first of them.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        address, runtime_api = (f"127.0.0.1:{port}" for port in free_ports(2))
-        process = subprocess.Popen(
-            [
-                emulator(),
-                "--log-level",
-                "error",
-                "--runtime-interface-emulator-address",
-                address,
-                "--runtime-api-address",
-                runtime_api,
-                PYTHON,
-                "-m",
-                "awslambdaric",
-                "app.lambda_handler",
-            ],
-            cwd=task,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            env={
-                "PATH": os.environ["PATH"],
-                "TMPDIR": scratch,
-                "LAMBDA_TASK_ROOT": str(task),
-                "PYTHONPATH": str(layer / "python"),
-                "AWS_LAMBDA_FUNCTION_NAME": "PyTorchFunction",
-                "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": "3008",
-                "AWS_LAMBDA_FUNCTION_TIMEOUT": str(TIMEOUT),
-                **variables,
-            },
-        )
-        try:
-            wait_for(address, process)
-            yield f"http://{address}/2015-03-31/functions/function/invocations"
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, 9)
-            process.wait()
+    address, runtime_api = (f"127.0.0.1:{port}" for port in free_ports(2))
+    arguments = {
+        "--log-level": "error",
+        "--runtime-interface-emulator-address": address,
+        "--runtime-api-address": runtime_api,
+    }
+    runtime = [PYTHON, "-m", "awslambdaric", "app.lambda_handler"]
+    process = subprocess.Popen(
+        [emulator(), *(part for pair in arguments.items() for part in pair), *runtime],
+        cwd=task,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+        preexec_fn=(lambda: os.sched_setaffinity(0, cores)) if cores else None,
+        env={
+            "PATH": os.environ["PATH"],
+            "TMPDIR": str(scratch),
+            "LAMBDA_TASK_ROOT": str(task),
+            "PYTHONPATH": str(layer / "python"),
+            "AWS_REGION": "us-east-1",
+            "AWS_LAMBDA_FUNCTION_NAME": "PyTorchFunction",
+            "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": "3008",
+            "AWS_LAMBDA_FUNCTION_TIMEOUT": str(TIMEOUT),
+            **variables,
+        },
+    )
+    try:
+        wait_for(address, process)
+        yield f"http://{address}/2015-03-31/functions/function/invocations"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def free_ports(count: int) -> list[int]:
@@ -139,9 +144,13 @@ def main() -> None:
     event = read_json(arguments.event)
     aws = {k: v for k, v in os.environ.items() if k.startswith("AWS_")}
     # The log goes to standard error, the answer alone to standard output.
-    with running(
-        ROOT / "pytorch", unpacked(arguments.layer), aws | variables, log=sys.stderr.fileno()
-    ) as address:
+    layer = unpacked(arguments.layer)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        running(
+            ROOT / "pytorch", layer, Path(scratch), aws | variables, log=sys.stderr.fileno()
+        ) as address,
+    ):
         answer = requests.post(address, json=event, timeout=TIMEOUT).json()
     print(json.dumps(answer))
     if "errorMessage" in answer:

@@ -16,6 +16,7 @@ from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import BotoCoreError, ClientError
 from tqdm import tqdm
 
+from layer.buckets import create_bucket
 from local.cli import UserError, run
 from local.paths import BUILD
 
@@ -48,7 +49,7 @@ def upload(path: Path, bucket: str, key: str) -> dict:
         digest = hashlib.file_digest(file, "sha256").digest()
     try:
         s3 = boto3.client("s3")
-        created = _ensure_bucket(s3, bucket)
+        created = create_bucket(bucket, s3.meta.region_name)
         uploaded = _stored_sha256(s3, bucket, key) != digest
         if uploaded:
             _put(s3, path, bucket, key, digest)
@@ -64,42 +65,6 @@ def upload(path: Path, bucket: str, key: str) -> dict:
         "uploaded": uploaded,
         "created_bucket": created,
     }
-
-
-def _ensure_bucket(s3, bucket: str) -> bool:
-    """Create `bucket`, closed to the public, unless it is there; True if it was created."""
-    try:
-        s3.head_bucket(Bucket=bucket)
-        return False
-    except ClientError as error:
-        status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-        if status == 403:
-            raise UserError(
-                f"the bucket {bucket} belongs to somebody else or is closed to you"
-            ) from error
-        if status != 404:
-            raise
-    # us-east-1 is the one region that must not be named (CreateBucket's LocationConstraint).
-    region = s3.meta.region_name
-    place = {"CreateBucketConfiguration": {"LocationConstraint": region}}
-    try:
-        s3.create_bucket(Bucket=bucket, **({} if region in ("us-east-1", "aws-global") else place))
-    except ClientError as error:
-        if error.response["Error"]["Code"] == "BucketAlreadyExists":
-            raise UserError(f"the bucket name {bucket} is taken by somebody else") from error
-        if error.response["Error"]["Code"] != "BucketAlreadyOwnedByYou":  # made in the meantime
-            raise
-    s3.get_waiter("bucket_exists").wait(Bucket=bucket)
-    s3.put_public_access_block(
-        Bucket=bucket,
-        PublicAccessBlockConfiguration={
-            "BlockPublicAcls": True,
-            "IgnorePublicAcls": True,
-            "BlockPublicPolicy": True,
-            "RestrictPublicBuckets": True,
-        },
-    )
-    return True
 
 
 def _put(s3, path: Path, bucket: str, key: str, digest: bytes) -> None:
