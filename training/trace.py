@@ -22,6 +22,7 @@ from PIL import Image
 from torch import nn
 
 import preprocessing as preprocessing_module
+from layer.packages import Target, serving_packages
 from local.cli import UserError, run
 from preprocessing import Preprocessing
 from training.atomic import replacing
@@ -136,13 +137,7 @@ def check_in_serving(
         UserError: the archive does not run there, or the answers differ.
     """
     if packages is None:
-        # Only here: whoever brings his own packages needs no layer builder.
-        from layer.build import BuildError, serving_packages
-
-        try:
-            packages = serving_packages()
-        except BuildError as error:
-            raise UserError(f"the serving environment cannot be installed: {error}") from error
+        packages = serving_packages(Target.create("local"))
     expected = run_model(load_archive(model_path), load_images(images, preprocessing))
     with tempfile.TemporaryDirectory() as scratch:
         request, answer = Path(scratch, "request.json"), Path(scratch, "answer.npy")
