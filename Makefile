@@ -1,6 +1,7 @@
 # `make` lists the targets. PYTHON chooses the interpreter for the environments (>= 3.11).
 PYTHON ?= python3
 TARGET ?= embedded
+LAB_ARGS ?= $(if $(filter 0,$(shell id -u)),--allow-root)
 BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE := 1
 
@@ -12,14 +13,14 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { gsub(/\$$\$$/, "$$", $$2); printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: ## create or update the environments (every target below does it by itself)
-	@$(PYTHON) local/install.py
+	@$(PYTHON) -m local.install
 
 run: install ## run all notebooks against the embedded AWS; print its answer (TARGET=aws: against your account)
 	@$(BIN)/python -m local.walkthrough --target $(TARGET)
 
 lab: install ## start the embedded AWS and open JupyterLab
 	@eval "$$($(BIN)/python -m local.aws start)" && \
-	exec $(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 notebooks/00_setup.ipynb
+	exec $(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 $(LAB_ARGS) notebooks/00_setup.ipynb
 
 aws: install ## start the embedded AWS; eval "$$(make -s aws)" points this shell at it
 	@$(BIN)/python -m local.aws start

@@ -5,7 +5,6 @@ shipped: what it returns is exactly what the layer is made of.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -14,16 +13,15 @@ import re
 import shutil
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from local.cli import UserError
+from local.install import TORCH_CPU_INDEX, torch_index
 from local.paths import BUILD, ROOT
+from local.processes import lock
 
-CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 REQUIREMENTS = ROOT / "pytorch" / "requirements.txt"
 ARCHITECTURES = {"x86_64": "x86_64", "amd64": "x86_64", "arm64": "aarch64", "aarch64": "aarch64"}
 # https://docs.aws.amazon.com/lambda/latest/dg/lambda-runtimes.html: python3.11 and older run on
@@ -153,16 +151,15 @@ def say(text: str) -> None:
 @contextlib.contextmanager
 def only_one() -> Iterator[None]:
     """One build at a time in this repository, whatever folder it builds in."""
-    folder = os.open(ROOT / "layer", os.O_RDONLY)
-    try:
+    path = ROOT / "build" / "layer.lock"
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            held = stack.enter_context(lock(path, patience=0))
+        except TimeoutError:
             say("Waiting for another layer build to finish …")
-            fcntl.flock(folder, fcntl.LOCK_EX)
+            held = stack.enter_context(lock(path))
+        os.set_inheritable(held, True)  # pip holds it too, should this process be killed alone
         yield
-    finally:
-        os.close(folder)
 
 
 def serving_packages(target: Target | None = None, requirements: Path = REQUIREMENTS) -> Path:
@@ -201,38 +198,23 @@ def install_packages(target: Target, requirements: Path) -> Path:
     return folder
 
 
-def torch_index() -> list[str]:
-    """pip's arguments for where torch comes from.
-
-    $TORCH_INDEX_URL, else PyTorch's index of CPU wheels where it answers; where it does not, pip
-    is left as it is configured: it would lose seconds a package on an index out of reach.
-    """
-    url = os.environ.get("TORCH_INDEX_URL")
-    if url:
-        return ["--extra-index-url", url]
-    try:
-        with urllib.request.urlopen(CPU_INDEX + "/torch/", timeout=3):
-            return ["--extra-index-url", CPU_INDEX]
-    except (OSError, ValueError):
-        say("  PyTorch's CPU index does not answer: torch comes from where pip looks by default")
-        return []
-
-
 def resolve(target: Target, requirements: Path, index: list[str]) -> list[str]:
     """The packages, with versions, that pip would install; nothing large is downloaded.
 
     Raises UserError for a CUDA build and for a wheel that needs a newer C library than AWS has.
     """
     question = ["install", "--dry-run", "--ignore-installed", "--requirement", str(requirements)]
-    question += ["--report", "-", "--target", str(BUILD / "layer" / "none"), *index]
+    answer = BUILD / "layer" / "resolved.json"  # not stdout: pip would colour it in a notebook
+    question += ["--report", str(answer), "--target", str(BUILD / "layer" / "none"), *index]
     failure = f"No set of wheels for {target.name} satisfies {requirements.name}"
     try:
-        report = pip([*question, *target.pip_arguments()], failure, target)
+        pip([*question, *target.pip_arguments()], failure, target)
     except UserError:
         if target.local:
             raise
         # Is it the C library? Ask again as if there were a newer one.
-        report = pip([*question, *target.pip_arguments(NEWEST_GLIBC)], failure, target)
+        pip([*question, *target.pip_arguments(NEWEST_GLIBC)], failure, target)
+        report = answer.read_text()
         too_new = [f"{name} needs glibc {n}" for name, n in newer_glibc(report, target.glibc)]
         wanted = "{}.{}".format(*target.glibc)
         raise UserError(
@@ -240,7 +222,7 @@ def resolve(target: Target, requirements: Path, index: list[str]) -> list[str]:
         ) from None
     found = {
         item["metadata"]["name"].lower().replace("_", "-"): item["metadata"]["version"]
-        for item in json.loads(report)["install"]
+        for item in json.loads(answer.read_text())["install"]
     }
     refuse_gpu(found)
     return [f"{name}=={version}" for name, version in sorted(found.items())]
@@ -254,7 +236,7 @@ def refuse_gpu(found: dict[str, str]) -> None:
         raise UserError(
             f"torch {version} is a GPU build ({', '.join(gpu[:3]) or version} …) of several GB, "
             f"and Lambda has no GPU. Set TORCH_INDEX_URL to an index with the CPU build, such "
-            f"as {CPU_INDEX}, or choose a version whose wheel is a CPU build."
+            f"as {TORCH_CPU_INDEX}, or choose a version whose wheel is a CPU build."
         )
 
 
@@ -266,18 +248,17 @@ def newer_glibc(report: str, limit: tuple[int, int]) -> Iterator[tuple[str, str]
             yield item["metadata"]["name"], "{}.{}".format(*min(tags))
 
 
-def pip(arguments: list[str], failure: str, target: Target) -> str:
-    """Runs pip quietly for a target and returns its output; UserError with its last error."""
+def pip(arguments: list[str], failure: str, target: Target) -> None:
+    """Runs pip quietly for a target; UserError with its last error."""
     command = [sys.executable, "-c", PIP, json.dumps(target.markers())]
     command += ["--disable-pip-version-check", "--quiet"]
     fixed = ["--only-binary=:all:", "--no-compile", "--no-warn-conflicts"]
     command += [arguments[0], *fixed, *arguments[1:]]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, close_fds=False)
     if result.returncode:
         errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR:")]
         reason = (errors or result.stderr.splitlines() or ["pip said nothing"])[-1]
         raise UserError(f"{failure}: {reason.removeprefix('ERROR:').strip()}")
-    return result.stdout
 
 
 def container_packages(target: Target, requirements: Path) -> Path:

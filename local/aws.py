@@ -8,8 +8,6 @@ Standard-library and psutil only. Nothing here knows what is deployed on the ser
 
 import argparse
 import contextlib
-import ctypes
-import fcntl
 import json
 import os
 import shlex
@@ -27,6 +25,7 @@ import psutil
 
 from local.cli import UserError, run
 from local.paths import BUILD, ROOT
+from local.processes import die_with_parent, lock
 
 MINISTACK = ROOT / ".venv-aws" / "bin" / "ministack"
 START_TIMEOUT = 60  # seconds
@@ -92,7 +91,7 @@ def start(home: Path, with_parent: bool = False) -> int:
 
     Raises UserError if the environment is missing or the server does not come up.
     """
-    with _lock(home):
+    with lock(home / "lock"):
         port = find(home)
         if port:
             return port
@@ -111,7 +110,7 @@ def start(home: Path, with_parent: bool = False) -> int:
 
 def stop(home: Path) -> bool:
     """Stop the server of `home` and delete its state. Returns whether one was running."""
-    with _lock(home):
+    with lock(home / "lock"):
         return _stop(home)
 
 
@@ -154,7 +153,7 @@ def _start(home: Path, with_parent: bool) -> int | None:
             cwd=home,
             env=variables,
             start_new_session=True,  # Ctrl-C reaches whoever started it, who then stops it
-            preexec_fn=_die_with_parent if with_parent else None,
+            preexec_fn=die_with_parent if with_parent else None,
         )
     record = {
         "pid": server.pid,
@@ -190,12 +189,6 @@ def _stop(home: Path) -> bool:
     return server is not None
 
 
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1  # prctl(2)
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-
-
 def _answers(port: int) -> bool:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
@@ -226,14 +219,6 @@ def _write_record(home: Path, record: dict) -> None:
     beside = home / "server.json.new"
     beside.write_text(json.dumps(record))
     beside.replace(home / "server.json")
-
-
-@contextlib.contextmanager
-def _lock(home: Path) -> Iterator[None]:
-    home.mkdir(parents=True, exist_ok=True)
-    with open(home / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _tail(log: Path, lines: int = 15) -> str:

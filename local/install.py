@@ -1,6 +1,6 @@
 """Create the environments: .venv (notebooks, command lines) and .venv-aws (embedded AWS).
 
-    python3 local/install.py            called by `make install`
+    python3 -m local.install            called by `make install`
 
 An environment is complete or is built anew: one whose installation was interrupted is deleted,
 one that fits its requirements file is left alone. Standard library only, since nothing else is
@@ -8,8 +8,8 @@ there yet. TORCH_INDEX_URL names the package index for torch; by default PyTorch
 taken where it answers, else whatever index pip is configured with.
 """
 
+import argparse
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
@@ -17,9 +17,10 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from local.paths import ROOT
+from local.processes import die_with_parent, lock
+
 LOG = ROOT / "build" / "install.log"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 GB = 1_000_000_000
@@ -31,11 +32,12 @@ SIZE_REST = 2.5 * GB  # layer build, embedded AWS, models
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python3 -m local.install", description=__doc__)
+    parser.parse_args()
     if sys.version_info < (3, 11):  # noqa: UP036  (whoever runs this may not have read the README)
         sys.exit(f"Python 3.11 or newer is needed; {sys.executable} is {sys.version.split()[0]}.")
-    LOG.parent.mkdir(exist_ok=True)
-    with open(ROOT / "build" / "install.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    die_with_parent()
+    with lock(ROOT / "build" / "install.lock") as held:
         notebooks = ["requirements.txt", "requirements-dev.txt"]
         todo = {
             folder: files
@@ -53,7 +55,7 @@ def main() -> None:
             arguments = [a for f in files if f.endswith(".txt") for a in ("-r", f)]
             if folder == ".venv":
                 arguments += [*index, "-e", "."]
-            install(folder, arguments)
+            install(folder, arguments, held)
             (ROOT / folder / "complete").write_text(fingerprint(files))
 
 
@@ -101,8 +103,12 @@ def announce(todo: dict, index: list[str]) -> None:
         sys.exit("That is not enough: free some space, or clone to another disk.")
 
 
-def install(folder: str, arguments: list[str]) -> None:
-    """Create a virtual environment and install into it, showing what pip is at."""
+def install(folder: str, arguments: list[str], held: int) -> None:
+    """Create a virtual environment and install into it, showing what pip is at.
+
+    pip inherits the lock `held`: should only this process be killed, no other one touches the
+    folder while pip still works in it.
+    """
     target = ROOT / folder
     if not (target / "complete").exists():  # interrupted, or not ours: nothing in it can be trusted
         shutil.rmtree(target, ignore_errors=True)
@@ -122,6 +128,8 @@ def install(folder: str, arguments: list[str]) -> None:
             text=True,
             cwd=ROOT,
             env=variables | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"},
+            pass_fds=[held],
+            preexec_fn=die_with_parent,
         )
         with process:
             for line in process.stdout:
@@ -138,12 +146,12 @@ def install(folder: str, arguments: list[str]) -> None:
 def show(folder: str, line: str, started: float) -> None:
     """One line that is rewritten on a terminal; elsewhere only the big steps."""
     words = line.split()
-    if not words or words[0] not in ("Collecting", "Downloading", "Building", "Installing"):
+    if not words or words[0] not in ("Collecting", "Downloading", "Installing"):
         return
     text = f"{folder} {time.monotonic() - started:4.0f} s  {' '.join(words[:2])}"
     if sys.stderr.isatty():
         say(text[: shutil.get_terminal_size().columns - 1], end="")
-    elif words[0] == "Installing":
+    elif words[:2] == ["Installing", "collected"]:
         say(text)
 
 

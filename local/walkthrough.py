@@ -9,7 +9,6 @@ Executed notebooks are kept in build/run/. The last line printed is what the end
 
 import argparse
 import contextlib
-import fcntl
 import functools
 import json
 import os
@@ -31,6 +30,7 @@ from traitlets.config import Config
 from local import aws, navigation
 from local.cli import run
 from local.paths import BUILD, ROOT
+from local.processes import die_with_parent, lock
 
 RUN = BUILD / "run"
 ANSWERS = BUILD / "answers.json"  # of notebook 07
@@ -193,13 +193,11 @@ def _shown(path: Path) -> Path:
 @contextlib.contextmanager
 def _only_run() -> Iterator[None]:
     """Refuse to run twice at a time in one folder: the second would overwrite the first's files."""
-    RUN.mkdir(parents=True, exist_ok=True)
-    with open(RUN / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            sys.exit(f"Another run is under way in {_shown(RUN)}; wait for it or stop it.")
-        yield
+    try:
+        with lock(RUN / "lock", patience=20):  # a run that was just killed is still cleaning up
+            yield
+    except TimeoutError:
+        sys.exit(f"Another run is under way in {_shown(RUN)}; wait for it or stop it.")
 
 
 @contextlib.contextmanager
@@ -227,6 +225,7 @@ def main() -> None:
         "--refresh", action="store_true", help="store the outputs in notebooks/ afterwards"
     )
     arguments = parser.parse_args()
+    die_with_parent()  # of `make`, too
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.default_int_handler)
     papermill_engines.register("steps", Engine)
