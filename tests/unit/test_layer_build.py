@@ -8,6 +8,7 @@ import pytest
 
 from layer import build, packages
 from layer.packages import Target
+from local import install
 from local.cli import UserError
 
 
@@ -39,7 +40,7 @@ def index(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     monkeypatch.setenv("TORCH_INDEX_URL", "")
-    monkeypatch.setattr(packages, "CPU_INDEX", "http://127.0.0.1:9")
+    monkeypatch.setattr(install, "TORCH_CPU_INDEX", "http://127.0.0.1:9")
     monkeypatch.setattr(packages, "BUILD", tmp_path / "build")
     monkeypatch.setattr(build, "BUILD", tmp_path / "build")
     return folder
