@@ -24,6 +24,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import requests
 from matplotlib.figure import Figure
 
@@ -236,7 +237,7 @@ def table(result: dict) -> str:
 
 def plot(result: dict) -> Figure:
     """Stacked bars of the median seconds per stage, for every method and number of cores."""
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    figure = plt.figure(figsize=(9, 3.5), layout="constrained")
     axes = figure.subplots()
     bars = [
         (f"{variant}, {name.replace('_', ' ')}", row)

@@ -1,22 +1,34 @@
 """What a layer is made of, in bytes, package by package: the table and picture of notebook 05."""
 
+import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+VISIBLE = 50_000  # bytes: 0.1 MB when rounded
 UNZIPPED_LIMIT = 262_144_000  # bytes; function code and all layers together, after unzipping
 # https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html
 
 
 def table(budget: dict) -> str:
-    """One line a package: MB (10^6 bytes) in place, compressed, pruned; share of the limit."""
-    lines = [f"{'package':24}{'in place':>10}{'compressed':>12}{'pruned':>10}{'share':>8}"]
+    """One line a package: megabytes (10^6 bytes) in place, compressed, pruned; share of the limit.
+
+    Packages that would show zeros only are added up in the last line but one.
+    """
+    rows, small = {}, dict.fromkeys(("kept", "compressed", "pruned"), 0)
     for name, row in budget["packages"].items():
+        if max(row.values()) >= VISIBLE:
+            rows[name] = row
+        else:
+            small = {key: small[key] + row[key] for key in small}
+    lines = [f"{'package':24}{'in place':>10}{'compressed':>12}{'pruned':>10}{'share':>8}"]
+    for name, row in (rows | {"others": small}).items():
         lines.append(
             f"{name:24}{mega(row['kept']):>10}{mega(row['compressed']):>12}{mega(row['pruned']):>10}"
             f"{(row['kept'] + row['compressed']) / budget['limit']:>8.1%}"
         )
     lines.append(
         f"{'total':24}{budget['unzipped'] / 1e6:>10.1f} MB unzipped of {budget['limit'] / 1e6:.1f} "
-        f"({budget['unzipped'] / budget['limit']:.1%}), {budget['zipped'] / 1e6:.1f} MB zipped, "
+        f"({budget['unzipped'] / budget['limit']:.1%}),\n"
+        f"{budget['zipped'] / 1e6:.1f} MB zipped, "
         f"{budget['extracted'] / 1e6:.1f} MB unpacked at the cold start"
     )
     return "\n".join(lines)
@@ -35,7 +47,7 @@ def plot(budget: dict) -> Figure:
     rest = {k: sum(row[k] for _, row in rows[9:]) for k in ("kept", "compressed", "pruned")}
     shown = [*shown, ("the others", rest)] if len(rows) > 9 else shown
     names = [name for name, _ in shown]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = plt.figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     left = [0.0] * len(shown)
     for key, colour, label in (

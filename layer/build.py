@@ -38,7 +38,7 @@ from layer.packages import (
     serving_packages,
     versions,
 )
-from local.cli import UserError, run
+from local.cli import UserError, run, shown
 from local.paths import BUILD, ROOT
 
 SOURCE = ROOT / "layer"
@@ -79,7 +79,7 @@ def build(
         )  # fmt: skip
         manifest = read_manifest(output)
         if manifest and manifest["inputs"] == inputs and packages is None:
-            say(f"{output} is up to date.")
+            say(f"{shown(output)} is up to date.")
         else:
             manifest = make(target, requirements, output, packages, inputs)
         report(manifest, output)
@@ -387,7 +387,7 @@ def zip_entry(name: str, mode: int = 0o644) -> zipfile.ZipInfo:
 
 
 def write_zip(stage: Path, output: Path) -> None:
-    say(f"Writing {output}")
+    say(f"Writing {shown(output)}")
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(output.name + ".partial")
     with zipfile.ZipFile(partial, "w") as file:
@@ -413,7 +413,7 @@ def read_manifest(zip_path: Path) -> dict | None:
 def report(manifest: dict, output: Path) -> None:
     write_json(BUILD / "layer" / "budget.json", manifest["budget"])
     print(table(manifest["budget"]))
-    print(output)
+    print(shown(output))
 
 
 def write_json(path: Path, value: dict) -> None:

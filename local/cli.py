@@ -1,7 +1,9 @@
 """What all command lines and notebooks of the project share: errors that are sentences."""
 
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -23,3 +25,9 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted; nothing half-written was left", file=sys.stderr)
         sys.exit(130)
+
+
+def shown(path: Path) -> str:
+    """A path as a person in the current folder would type it."""
+    relative = os.path.relpath(path)
+    return relative if relative.count("..") < 3 else str(path)

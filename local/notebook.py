@@ -17,7 +17,7 @@ import botocore.config
 import botocore.exceptions
 
 from local import aws
-from local.cli import UserError
+from local.cli import UserError, shown
 from local.paths import BUILD, ROOT
 
 AWS_ERRORS = (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError)
@@ -107,8 +107,7 @@ def model_key(bundle: Path = BUILD / "model" / "model.tar.gz") -> str:
 def require(path: Path, maker: str) -> Path:
     """`path`, if the earlier notebook `maker` has written it; else UserError, naming it."""
     if not path.exists():
-        shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-        raise UserError(f"{shown} is missing: run {maker} first.")
+        raise UserError(f"{shown(path)} is missing: run {maker} first.")
     return path
 
 

@@ -28,7 +28,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from traitlets.config import Config
 
 from local import aws, navigation
-from local.cli import run
+from local.cli import run, shown
 from local.paths import BUILD, ROOT
 from local.processes import die_with_parent, lock
 
@@ -116,6 +116,7 @@ def run_notebook(path: Path, output: Path) -> None:
                 cwd=str(path.parent),
                 progress_bar=False,
                 config=KERNEL,
+                coalesce_streams=True,
             )
             return
         except PapermillExecutionError as error:
@@ -139,7 +140,7 @@ def explain(path: Path, output: Path, step: str, error: Exception) -> None:
     cause = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", cause).split())
     print(
         f"The run failed in {path.name}{cell}, step “{step}”.\n"
-        f"The notebook with all its output: {_shown(output)}\n"
+        f"The notebook with all its output: {shown(output)}\n"
         f"{cause}",
         file=sys.stderr,
     )
@@ -186,10 +187,6 @@ def _streams(notebook: nbformat.NotebookNode, exec_count: int) -> list[str]:
     return []
 
 
-def _shown(path: Path) -> Path:
-    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-
-
 @contextlib.contextmanager
 def _only_run() -> Iterator[None]:
     """Refuse to run twice at a time in one folder: the second would overwrite the first's files."""
@@ -197,7 +194,7 @@ def _only_run() -> Iterator[None]:
         with lock(RUN / "lock", patience=20):  # a run that was just killed is still cleaning up
             yield
     except TimeoutError:
-        sys.exit(f"Another run is under way in {_shown(RUN)}; wait for it or stop it.")
+        sys.exit(f"Another run is under way in {shown(RUN)}; wait for it or stop it.")
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import io
 import shutil
 import tarfile
 import tempfile
+import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,9 @@ class Model:
                 if "preprocessing.json" in members:
                     text = members["preprocessing.json"].read_text("utf-8")
                     preprocessing = Preprocessing.from_json(text)
-                script = torch.jit.load(str(members["model"]), map_location="cpu").eval()
+                with warnings.catch_warnings():  # that TorchScript is deprecated is known
+                    warnings.filterwarnings("ignore", r"`torch\.jit", FutureWarning)
+                    script = torch.jit.load(str(members["model"]), map_location="cpu").eval()
             except Exception as error:  # torch reports a damaged file in many ways
                 raise ModelError(f"{source}: {_last_line(error)}") from error
         model = cls(script, [name.strip() for name in classes], preprocessing, source)

@@ -26,7 +26,7 @@ from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 import preprocessing as preprocessing_module
-from local.cli import UserError, run
+from local.cli import UserError, run, shown
 from local.paths import BUILD
 from preprocessing import Preprocessing
 from training.atomic import replacing
@@ -284,7 +284,7 @@ def _train(
             print(f"{error}; training again")
         else:
             if earlier.configuration == configuration:
-                print(f"{saved} is of the same configuration, data and code: reused")
+                print(f"{shown(saved)} is of the same configuration, data and code: reused")
                 return earlier, True
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
