@@ -61,9 +61,12 @@ def plot(budget: dict) -> Figure:
     axes.invert_yaxis()
     axes.axvline(budget["limit"] / 1e6, color="#D55E00", linestyle="--", linewidth=1)
     axes.annotate(
-        "Lambda's limit", (budget["limit"] / 1e6, len(shown) - 0.6), color="#D55E00",
-        xytext=(4, 0), textcoords="offset points",
-    )  # fmt: skip
+        "Lambda's limit",
+        (budget["limit"] / 1e6, len(shown) / 2),
+        color="#D55E00",
+        xytext=(4, 0),
+        textcoords="offset points",
+    )
     axes.set_xlabel("MB (10⁶ bytes)")
     axes.set_title(
         f"{budget['unzipped'] / 1e6:.0f} of {budget['limit'] / 1e6:.0f} MB: "

@@ -305,7 +305,8 @@ def add_decoder(stage: Path, target: Target) -> str:
 
 def package_of(name: str) -> str:
     """The package whose budget a file counts for, by its first folder."""
-    first = name.split("/")[0].removesuffix(".py")
+    parts = name.split("/")
+    first = parts[1].split(".")[0] if parts[0] == "__pycache__" else parts[0].removesuffix(".py")
     first = first.split("-")[0] if first.endswith("-info") else first
     first = first.removesuffix(".libs")
     return {"PIL": "pillow", "_distutils_hack": "setuptools", "_yaml": "pyyaml"}.get(first, first)
