@@ -38,7 +38,7 @@ lint: install ## ruff, shellcheck, cfn-lint, sam validate, links between noteboo
 	AWS_DEFAULT_REGION=us-east-1 SAM_CLI_TELEMETRY=0 $(BIN)/sam validate --lint
 	$(BIN)/python -m local.navigation --check
 
-unit integration notebooks: export BUILD_DIR = build/test
+unit integration notebooks: export BUILD_DIR = $(CURDIR)/build/test
 
 unit: install ## unit tests: no network, seconds
 	$(BIN)/python -m pytest tests/unit

@@ -4,4 +4,4 @@ import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILD = Path(os.environ.get("BUILD_DIR", ROOT / "build")).resolve()
+BUILD = (ROOT / os.environ.get("BUILD_DIR", "build")).resolve()

@@ -223,6 +223,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     die_with_parent()  # of `make`, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if started with `&`
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.default_int_handler)
     papermill_engines.register("steps", Engine)
