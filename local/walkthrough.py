@@ -130,13 +130,15 @@ def run_notebook(path: Path, output: Path) -> None:
 
 def explain(path: Path, output: Path, step: str, error: Exception) -> None:
     """End the program: what the failed cell printed, then notebook, cell and cause."""
-    cell, cause = "", str(error)
+    cell, cause = "", f"The notebook's Python process ended: {error}"
     if isinstance(error, PapermillExecutionError):
         cell = f", cell [{error.exec_count}]"
         cause = error.evalue if error.ename == "UserError" else f"{error.ename}: {error.evalue}"
-        executed = nbformat.read(output, as_version=4)
-        for printed in _streams(executed, error.exec_count)[-TAIL:]:
-            print(f"   | {printed}", file=sys.stderr)
+        printed = _streams(nbformat.read(output, as_version=4), error.exec_count)
+        for line in printed[-TAIL:]:
+            print(f"   | {line}", file=sys.stderr)
+        if error.ename == "CalledProcessError" and printed:  # of %%bash: the command has said why
+            cause = printed[-1]
     cause = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", cause).split())
     print(
         f"The run failed in {path.name}{cell}, step “{step}”.\n"
@@ -179,11 +181,12 @@ def _headings(notebook: nbformat.NotebookNode) -> list[str]:
 
 
 def _streams(notebook: nbformat.NotebookNode, exec_count: int) -> list[str]:
-    """The lines that the cell with this execution count printed."""
+    """The lines that the cell with this execution count printed, those on stderr last."""
     for cell in notebook.cells:
         if cell.get("execution_count") == exec_count:
-            texts = [o.text for o in cell.outputs if o.output_type == "stream"]
-            return "".join(texts).strip().splitlines()
+            streams = [o for o in cell.outputs if o.output_type == "stream"]
+            streams.sort(key=lambda stream: stream.name == "stderr")
+            return "".join(stream.text for stream in streams).strip().splitlines()
     return []
 
 

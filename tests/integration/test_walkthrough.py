@@ -37,7 +37,8 @@ def test_a_good_notebook_shows_its_steps(run, capsys):
     [
         ("1 / 0", "ZeroDivisionError: division by zero"),
         ("from local.cli import UserError\nraise UserError('Run 01 first.')", "Run 01 first."),
-        ("%%bash -eu\necho before >&2\nfalse", "CalledProcessError"),
+        ("%%bash -eu\necho out\necho 'the reason' >&2\nfalse", "the reason"),
+        ("%%bash -eu\nexit 3", "status 3"),
         ("import os\nos._exit(3)", "died"),
     ],
 )
