@@ -28,9 +28,9 @@ import requests
 
 from layer.build import default_name
 from layer.packages import REQUIREMENTS
+from local.atomic import replacing
 from local.cli import UserError, run
 from local.paths import BUILD, ROOT
-from training.atomic import replacing
 
 PYTHON = ROOT / ".venv-aws" / "bin" / "python"
 LAYER = ROOT / "layer" / default_name(REQUIREMENTS)

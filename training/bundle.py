@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
+from local.atomic import replacing
 from local.cli import UserError, run
 from local.paths import BUILD
 from preprocessing import IMAGENET, Preprocessing
-from training.atomic import replacing
 from training.trace import load_archive
 
 DIRECTORY = BUILD / "model"

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from local.atomic import replacing
 from local.cli import UserError, run
 from local.paths import BUILD
-from training.atomic import replacing
 
 # ImageFolder sorts the classes by name, so a digit's index is not the digit: classes.txt tells.
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -13,9 +13,9 @@ import torch
 import torchvision
 from torch import nn
 
+from local.atomic import replacing
 from local.cli import UserError
 from preprocessing import Preprocessing
-from training.atomic import replacing
 
 FORMAT = "image-classifier-checkpoint-1"
 # With these two a classifier in training mode would return auxiliary outputs beside its own.

@@ -23,9 +23,9 @@ from torch import nn
 
 import preprocessing as preprocessing_module
 from layer.packages import Target, serving_packages
+from local.atomic import replacing
 from local.cli import UserError, run
 from preprocessing import Preprocessing
-from training.atomic import replacing
 from training.data import DIGITS, write_digits
 from training.model import TrainedModel, library_versions
 from training.train import OUTPUT

@@ -26,10 +26,10 @@ from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 import preprocessing as preprocessing_module
+from local.atomic import replacing
 from local.cli import UserError, run, shown
 from local.paths import BUILD
 from preprocessing import Preprocessing
-from training.atomic import replacing
 from training.data import DIGITS, write_digits
 from training.model import (
     WITHOUT_AUXILIARY,

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from local.atomic import replacing
 from local.cli import UserError
-from training.atomic import replacing
 from training.data import NAMES, write_digits
 
 
@@ -62,7 +62,7 @@ def test_replacing_leaves_the_old_file_on_failure_and_no_rest(tmp_path):
 def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
     path = tmp_path / "file"
     code = (
-        "import os, signal, sys; from pathlib import Path; from training.atomic import replacing\n"
+        "import os, signal, sys; from pathlib import Path; from local.atomic import replacing\n"
         "with replacing(Path(sys.argv[1])) as partial:\n"
         "    partial.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
     )
