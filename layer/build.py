@@ -193,7 +193,7 @@ def compile_bytecode(stage: Path, target: Target) -> None:
     if interpreter is None:
         say(
             f"No python{target.python} was found to compile with: the layer has no .pyc files, and "
-            "every cold start takes some 3 s longer. Install it and build again."
+            "every cold start takes 2 to 3 s longer. Install it and build again."
         )
         return
     say(f"Compiling bytecode with {target.runtime}")
