@@ -18,9 +18,10 @@ import logging
 import os
 import time
 
-from errors import RequestError
+from errors import ModelError, RequestError
 from fetch import fetch
-from model import Model, ModelError, load_image
+from images import load_image
+from model import Model
 
 logger = logging.getLogger("app")
 logger.setLevel(os.environ.get("LOG_LEVEL", "INFO"))
@@ -82,7 +83,9 @@ def classify(url: str) -> dict:
     fetch_ms = _ms_since(started)
     model = get_model()
     started = time.perf_counter()
-    name, confidence = model.predict(image)
+    probabilities = model.predict([image])[0]
+    best = int(probabilities.argmax())
+    name, confidence = model.classes[best], float(probabilities[best])
     logger.info(
         "%s %.3f fetch_ms=%.0f predict_ms=%.0f", name, confidence, fetch_ms, _ms_since(started)
     )

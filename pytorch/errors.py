@@ -1,4 +1,4 @@
-"""What can go wrong with a request, as fetch.py and model.py raise it and app.py answers it."""
+"""What can go wrong, as the other modules raise it and app.py answers it."""
 
 
 class RequestError(Exception):
@@ -8,3 +8,7 @@ class RequestError(Exception):
         super().__init__(message)
         self.status = status
         self.code = code
+
+
+class ModelError(Exception):
+    """The model cannot be loaded; the message says what is wrong with what."""

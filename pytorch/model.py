@@ -1,4 +1,4 @@
-"""The classifier: a bundle from S3, an image in, a class and a confidence out. Called by app.py.
+"""The classifier: a bundle from S3, images in, probabilities out. Called by app.py.
 
 A bundle is a tar.gz archive of plain files:
     *.pt or *.pth          the TorchScript model: (N, 3, H, W) float32 → (N, classes) logits
@@ -6,13 +6,8 @@ A bundle is a tar.gz archive of plain files:
     preprocessing.json     optional; without it ImageNet's preprocessing applies
 """
 
-import gzip
-import io
-import shutil
-import tarfile
 import tempfile
 import warnings
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -24,30 +19,28 @@ import numpy as np
 import torch
 from PIL import Image
 
-from errors import RequestError
+from archive import unpack
+from errors import ModelError
 from preprocessing import IMAGENET, Preprocessing
 
-MAX_PIXELS = 50_000_000
-MAX_MODEL_BYTES = 2_000_000_000
-MAX_TEXT_BYTES = 1_000_000
-CHUNK = 1 << 20  # bytes
 S3_CONFIG = botocore.config.Config(connect_timeout=5, read_timeout=20, retries={"max_attempts": 2})
-
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-
-
-class ModelError(Exception):
-    """The model cannot be loaded; the message says what is wrong with what."""
 
 
 @dataclass
 class Model:
-    """A loaded classifier."""
+    """A loaded classifier.
+
+    Attributes:
+        script: maps float32 of (N, 3, crop, crop) to logits of (N, len(classes)).
+        source: where the bundle came from, such as s3://bucket/key.
+        sha256: of the bundle's bytes, in hex.
+    """
 
     script: torch.jit.ScriptModule
     classes: list[str]
     preprocessing: Preprocessing
     source: str
+    sha256: str
 
     def __str__(self) -> str:
         return f"{self.source}, {len(self.classes)} classes, torch {torch.__version__}"
@@ -68,7 +61,7 @@ class Model:
     def from_archive(cls, stream: BinaryIO, source: str) -> "Model":
         """Load a bundle from a stream of its bytes; `source` names it. Raises ModelError."""
         with tempfile.TemporaryDirectory(prefix="model-") as folder:
-            members = _unpack(stream, Path(folder), source)
+            members, sha256 = unpack(stream, Path(folder), source)
             try:
                 classes = members["classes.txt"].read_text("utf-8").splitlines()
                 preprocessing = IMAGENET
@@ -80,7 +73,7 @@ class Model:
                     script = torch.jit.load(str(members["model"]), map_location="cpu").eval()
             except Exception as error:  # torch reports a damaged file in many ways
                 raise ModelError(f"{source}: {_last_line(error)}") from error
-        model = cls(script, [name.strip() for name in classes], preprocessing, source)
+        model = cls(script, [name.strip() for name in classes], preprocessing, source, sha256)
         model._check()
         return model
 
@@ -89,11 +82,10 @@ class Model:
         """The (N, classes) output for an (N, 3, H, W) float32 batch."""
         return self.script(torch.from_numpy(batch))
 
-    def predict(self, image: Image.Image) -> tuple[str, float]:
-        """The most probable class of an image and its softmax probability."""
-        probabilities = self.logits(self.preprocessing(image)[np.newaxis])[0].softmax(0)
-        confidence, index = probabilities.max(0)
-        return self.classes[int(index)], float(confidence)
+    def predict(self, images: list[Image.Image]) -> np.ndarray:
+        """The softmax probabilities of N images: float32 of (N, len(classes))."""
+        batch = np.stack([self.preprocessing(image) for image in images])
+        return self.logits(batch).softmax(1).numpy()
 
     def _check(self) -> None:
         """One prediction proves that model, classes and preprocessing fit, and warms up."""
@@ -109,59 +101,6 @@ class Model:
                 f"{self.source}: classes.txt has {len(self.classes)} names, "
                 f"but the model's output for one image has shape {shape}."
             )
-
-
-def _unpack(stream: BinaryIO, folder: Path, source: str) -> dict[str, Path]:
-    """Write the members of a bundle into `folder`, no others and nowhere else."""
-    members: dict[str, Path] = {}
-    try:
-        with (
-            gzip.GzipFile(fileobj=stream) as unzipped,
-            tarfile.open(fileobj=unzipped, mode="r|") as archive,
-        ):
-            for member in archive:
-                name = member.name.removeprefix("./")
-                role = "model" if name.endswith((".pt", ".pth")) else name
-                if role not in ("model", "classes.txt", "preprocessing.json"):
-                    raise ModelError(f"{source}: unexpected member {member.name!r}.")
-                if not member.isreg() or "/" in name:
-                    raise ModelError(f"{source}: member {member.name!r} is not a plain file.")
-                if role in members:
-                    raise ModelError(f"{source}: more than one {role}.")
-                if member.size > (MAX_MODEL_BYTES if role == "model" else MAX_TEXT_BYTES):
-                    raise ModelError(f"{source}: member {member.name!r} is too large.")
-                members[role] = folder / role
-                with open(members[role], "wb") as file:
-                    shutil.copyfileobj(archive.extractfile(member), file, CHUNK)
-            while unzipped.read(CHUNK):  # gzip checks the checksum at the end
-                pass
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise ModelError(f"{source} is not a complete tar.gz archive: {error}") from error
-    for role in ("model", "classes.txt"):
-        if role not in members:
-            missing = "*.pt or *.pth file" if role == "model" else role
-            raise ModelError(f"{source}: the bundle has no {missing}.")
-    return members
-
-
-def load_image(data: bytes) -> Image.Image:
-    """Decode an image. Raises RequestError: 413 too many pixels, 415 no image, 422 a broken one."""
-    too_large = RequestError(413, "too_large", f"The image has more than {MAX_PIXELS:,} pixels.")
-    try:
-        image = Image.open(io.BytesIO(data))
-    except Image.DecompressionBombError:
-        raise too_large from None
-    except (OSError, ValueError, SyntaxError):
-        raise RequestError(415, "not_an_image", "The address does not hold an image.") from None
-    if image.width * image.height > MAX_PIXELS:  # known before anything is decoded
-        raise too_large
-    try:
-        image.load()
-    except Image.DecompressionBombError:
-        raise too_large from None
-    except (OSError, ValueError, SyntaxError):
-        raise RequestError(422, "broken_image", "The image cannot be decoded.") from None
-    return image
 
 
 def _last_line(error: Exception) -> str:

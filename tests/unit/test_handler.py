@@ -11,6 +11,7 @@ from conftest import Context, png
 
 import app
 import fetch
+import images
 import model
 
 
@@ -135,8 +136,8 @@ def test_too_many_bytes_are_a_413(ready, web, monkeypatch):
 
 @pytest.mark.parametrize("limit", [40 * 30 - 1, 40 * 30 // 3])
 def test_too_many_pixels_are_a_413(ready, web, monkeypatch, limit):
-    monkeypatch.setattr(model, "MAX_PIXELS", limit)
-    monkeypatch.setattr(model.Image, "MAX_IMAGE_PIXELS", limit)
+    monkeypatch.setattr(images, "MAX_PIXELS", limit)
+    monkeypatch.setattr(images.Image, "MAX_IMAGE_PIXELS", limit)
     status, body = ask(web.serve("/image", png("red", size=(40, 30))))
     assert (status, body["error"]["code"]) == (413, "too_large")
 

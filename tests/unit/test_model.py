@@ -1,6 +1,7 @@
 """Bundles, good and bad, as pytorch/model.py reads them."""
 
 import gzip
+import hashlib
 import io
 import json
 import tarfile
@@ -9,7 +10,9 @@ import pytest
 import torch
 from conftest import CLASSES, archive, png, script
 
-from model import Model, ModelError, load_image
+from errors import ModelError
+from images import load_image
+from model import Model
 from preprocessing import IMAGENET
 
 SMALL = {"resize": 32, "crop": 32, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear"}
@@ -36,9 +39,15 @@ def test_names_of_the_reference_are_accepted(members):
 
 
 def test_predicts_what_the_image_shows(members):
-    name, confidence = load(archive(members)).predict(load_image(png("blue")))
-    assert name == "blue"
-    assert confidence > 0.9
+    model = load(archive(members))
+    (probabilities,) = model.predict([load_image(png("blue"))])
+    assert model.classes[probabilities.argmax()] == "blue"
+    assert probabilities.max() > 0.9
+
+
+def test_the_bundles_hash_is_that_of_all_its_bytes(members):
+    data = archive(members)
+    assert load(data).sha256 == hashlib.sha256(data).hexdigest()
 
 
 def test_a_class_name_may_be_in_any_script(members):
