@@ -14,8 +14,6 @@ Writes BUILD/bench/cold-start.json with all rounds, medians, and the ratio layer
 """
 
 import argparse
-import contextlib
-import json
 import os
 import platform
 import statistics
@@ -28,8 +26,9 @@ import matplotlib.pyplot as plt
 import requests
 from matplotlib.figure import Figure
 
+from benchmarks import results
 from layer.build import Target, build, read_manifest, serving_packages
-from local.cli import UserError, run
+from local.cli import UserError, run, shown
 from local.invoke import TIMEOUT, running, unpacked
 from local.paths import BUILD
 
@@ -152,11 +151,12 @@ def measure(variant: str, paths: dict[str, Path], cores: set[int]) -> dict:
 
 
 def compare(rounds: int, variants: list[str], cores: list[int]) -> dict:
+    """Measure the variants in turn; `cores` are the numbers of processors to try each with."""
     folder = BUILD / "bench"
     folder.mkdir(parents=True, exist_ok=True)
     paths, budget = prepare(folder)
     available = sorted(os.sched_getaffinity(0))
-    results = []
+    counted = []
     settings = [n for n in cores if n <= len(available)]
     for number in range(rounds + 1):  # the first, which fills the page cache, is not counted
         for n in settings:
@@ -168,8 +168,8 @@ def compare(rounds: int, variants: list[str], cores: list[int]) -> dict:
                     file=sys.stderr, flush=True,
                 )  # fmt: skip
                 if number:
-                    results.append({"round": number, "cores": n, "variant": variant} | answer)
-    return summarise(results, settings, variants, budget)
+                    counted.append({"round": number, "cores": n, "variant": variant} | answer)
+    return summarise(counted, settings, variants, budget)
 
 
 def summarise(rounds: list[dict], cores: list[int], variants: list[str], budget: dict) -> dict:
@@ -200,21 +200,7 @@ def summarise(rounds: list[dict], cores: list[int], variants: list[str], budget:
             "python": platform.python_version(),
             "torch": rounds[0]["torch"],
         },
-        "machine": {
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            "system": platform.platform(),
-        },
     }
-
-
-def processor() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.machine()
 
 
 def table(result: dict) -> str:
@@ -268,17 +254,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="counted rounds (default 7)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--cores", nargs="+", type=int, choices=[1, 2], default=[2, 1])
-    parser.add_argument("--output", type=Path, default=BUILD / "bench" / "cold-start.json")
+    parser.add_argument("--output", type=Path, help="default: build/bench/cold-start.json")
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
     result = compare(options.rounds, options.variants, options.cores)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = options.output.with_name(options.output.name + ".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, options.output)
+    output = results.write("cold-start", result, options.output)
     print(table(result))
-    print(options.output)
+    print(shown(output))
 
 
 if __name__ == "__main__":

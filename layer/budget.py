@@ -13,7 +13,7 @@ def table(budget: dict) -> str:
 
     Packages that would show zeros only are added up in the last line but one.
     """
-    rows, small = {}, dict.fromkeys(("kept", "compressed", "pruned"), 0)
+    rows, small = {}, dict.fromkeys(("kept", "compressed", "pruned", "share"), 0)
     for name, row in budget["packages"].items():
         if max(row.values()) >= VISIBLE:
             rows[name] = row
@@ -23,7 +23,7 @@ def table(budget: dict) -> str:
     for name, row in (rows | {"others": small}).items():
         lines.append(
             f"{name:24}{mega(row['kept']):>10}{mega(row['compressed']):>12}{mega(row['pruned']):>10}"
-            f"{(row['kept'] + row['compressed']) / budget['limit']:>8.1%}"
+            f"{row['share']:>8.1%}"
         )
     lines.append(
         f"{'total':24}{budget['unzipped'] / 1e6:>10.1f} MB unzipped of {budget['limit'] / 1e6:.1f} "

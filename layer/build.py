@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +26,7 @@ import zstandard
 
 from layer import rules
 from layer.budget import UNZIPPED_LIMIT, table
-from layer.elf import strip
+from layer.elf import needed, strip
 from layer.packages import (
     REQUIREMENTS,
     Target,
@@ -38,6 +39,7 @@ from layer.packages import (
     serving_packages,
     versions,
 )
+from local.atomic import replacing
 from local.cli import UserError, run, shown
 from local.paths import BUILD, ROOT
 
@@ -56,7 +58,10 @@ ZSTD = {
     "target_length": 32,
 }
 RESERVED = 12_000_000  # bytes left for the function's own code below the limit for everything
-TMP_LIMIT = 512 << 20  # bytes of /tmp: Lambda's default, and the most that SnapStart allows
+TMP = 512  # MB of 2^20 bytes: Lambda's default for /tmp, and the most that SnapStart allows
+MAX_TMP = (
+    10_240  # https://docs.aws.amazon.com/lambda/latest/dg/configuration-ephemeral-storage.html
+)
 DATE = (1980, 1, 1, 0, 0, 0)  # the earliest a zip can say
 
 
@@ -65,10 +70,12 @@ def build(
     requirements: Path = REQUIREMENTS,
     output: Path | None = None,
     packages: Path | None = None,
+    ephemeral_storage: int = TMP,
 ) -> Path:
     """Builds the layer unless `output` was built from the same inputs; returns its path.
 
     `packages`: a folder filled by pip or `sam build` elsewhere, instead of installing them here.
+    `ephemeral_storage`: MB of /tmp that the function will have.
     Raises UserError with a sentence.
     """
     output = output or SOURCE / default_name(requirements)
@@ -81,7 +88,8 @@ def build(
         if manifest and manifest["inputs"] == inputs and packages is None:
             say(f"{shown(output)} is up to date.")
         else:
-            manifest = make(target, requirements, output, packages, inputs)
+            manifest = make(target, requirements, output, packages, inputs, ephemeral_storage)
+        check_limits(manifest["budget"], ephemeral_storage)
         report(manifest, output)
     return output
 
@@ -92,6 +100,7 @@ def make(
     output: Path,
     packages: Path | None,
     inputs: str,
+    ephemeral_storage: int,
 ) -> dict:
     started = time.monotonic()
     packages = packages or install_packages(target, requirements)
@@ -106,6 +115,7 @@ def make(
         compile_bytecode(stage, target)
         libraries = compress(stage)
         decoder = add_decoder(stage, target)
+        check_libraries(stage)
         manifest = {
             "inputs": inputs,
             "target": target.name,
@@ -116,8 +126,8 @@ def make(
             "libraries": libraries,
         }
         manifest["budget"] = budget(stage, original, archived, manifest)
-        write_json(stage / ".requirements" / "manifest.json", manifest)
-        check_limits(manifest["budget"])
+        write_manifest(stage / ".requirements", manifest)
+        check_limits(manifest["budget"], ephemeral_storage)
         smoke_test(stage, target)
         write_zip(stage, output)
     say(f"Built in {time.monotonic() - started:.0f} s.")
@@ -223,9 +233,12 @@ def compress(stage: Path) -> list[dict]:
     """Replaces the libraries of rules.COMPRESS by independent zstd frames with checksums."""
     entries = []
     names = [name for name, _ in files(stage)]
-    for pattern, needed_by, needs in rules.COMPRESS:
+    by_basename = {name.rsplit("/", 1)[-1]: name for name in names}
+    for pattern, needed_by in rules.COMPRESS:
         for name in fnmatch.filter(names, pattern):
             library = stage / name
+            # Unpacked elsewhere, it finds no neighbours: they have to be loaded before it.
+            needs = neighbours(stage, name, by_basename)
             data = library.read_bytes()
             frames = compressed(data, library.name)
             target = stage / ".requirements" / f"{library.name}.zst"
@@ -233,7 +246,8 @@ def compress(stage: Path) -> list[dict]:
             library.unlink()
             index, position = [], 0
             for start, frame in zip(range(0, len(data), FRAME), frames, strict=True):
-                index.append([position, len(frame), start, min(FRAME, len(data) - start)])
+                content = data[start : start + FRAME]
+                index.append([position, len(frame), start, len(content), zlib.crc32(content)])
                 position += len(frame)
             entries.append(
                 {
@@ -241,12 +255,31 @@ def compress(stage: Path) -> list[dict]:
                     "size": len(data),
                     "sha256": hashlib.sha256(data).hexdigest(),
                     "frames": target.name,
-                    "index": index,  # [offset, bytes] in the frames, [offset, bytes] unpacked
+                    # [offset, bytes] in the frames, [offset, bytes, CRC-32] unpacked
+                    "index": index,
                     "needed_by": needed_by,
-                    "needs": [name for need in needs for name in fnmatch.filter(names, need)],
+                    "needs": needs,
                 }
             )
     return entries
+
+
+def neighbours(stage: Path, name: str, by_basename: dict[str, str]) -> list[str]:
+    """The libraries of the layer that a library needs, each after those that it needs itself.
+
+    A path to look in (DT_RPATH) is inherited, so that the second row may lack one of its own.
+    """
+    found: dict[str, None] = {}
+
+    def visit(library: str) -> None:
+        for need in needed(stage / library):
+            neighbour = by_basename.get(need)
+            if neighbour and neighbour not in found:
+                visit(neighbour)
+                found[neighbour] = None
+
+    visit(name)
+    return list(found)
 
 
 def compressed(data: bytes, name: str) -> list[bytes]:
@@ -272,9 +305,8 @@ def compressed(data: bytes, name: str) -> list[bytes]:
         size, seconds = sum(map(len, frames)), time.monotonic() - started
         say(f"  {len(data) / 1e6:.0f} MB to {size / 1e6:.0f} MB in {seconds:.0f} s")
         lengths = b"".join(len(frame).to_bytes(8, "big") for frame in frames)
-        partial = kept.with_name(kept.name + ".partial")
-        partial.write_bytes(lengths + b"".join(frames))
-        os.replace(partial, kept)
+        with replacing(kept) as partial:
+            partial.write_bytes(lengths + b"".join(frames))
     stored = kept.read_bytes()
     count = -(-len(data) // FRAME)
     frames, position = [], 8 * count
@@ -289,14 +321,10 @@ def add_decoder(stage: Path, target: Target) -> str:
     """Puts the compiled half of the zstandard wheel for the target into the layer."""
     folder = BUILD / "layer" / f"decoder-{target.name}-{DECODER.split('==')[1]}"
     if not folder.is_dir():
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        pip(
-            ["install", "--no-deps", "--target", str(partial), *target.pip_arguments(), DECODER],
-            f"The decoder {DECODER} cannot be installed for {target.name}",
-            target,
-        )
-        os.replace(partial, folder)
+        with replacing(folder) as partial:
+            arguments = ["--no-deps", "--target", str(partial), *target.pip_arguments(), DECODER]
+            failure = f"The decoder {DECODER} cannot be installed for {target.name}"
+            pip(["install", *arguments], failure, target)
     (module,) = (folder / "zstandard").glob("backend_c.*.so")
     shutil.copy(module, stage / ".requirements")
     strip(stage / ".requirements" / module.name)
@@ -334,6 +362,8 @@ def budget(stage: Path, original: dict[str, int], archived: dict[str, int], mani
     accounted = sum(r["kept"] + r["compressed"] for r in rows.values())
     own = row("unzip_requirements")
     own["kept"] = sum(staged.values()) - accounted
+    for numbers in rows.values():
+        numbers["share"] = (numbers["kept"] + numbers["compressed"]) / UNZIPPED_LIMIT
     return {
         "target": manifest["target"],
         "limit": UNZIPPED_LIMIT,
@@ -345,7 +375,34 @@ def budget(stage: Path, original: dict[str, int], archived: dict[str, int], mani
     }
 
 
-def check_limits(numbers: dict) -> None:
+def write_manifest(folder: Path, manifest: dict) -> None:
+    """With checksums of its neighbours in it, and its own beside it."""
+    checked = {name: (folder / name).read_bytes() for name in (manifest["decoder"], "archive.zip")}
+    crc32s = {name: zlib.crc32(content) for name, content in checked.items()}
+    write_json(folder / "manifest.json", manifest | {"crc32": crc32s})
+    crc32 = zlib.crc32((folder / "manifest.json").read_bytes())
+    (folder / "manifest.json.crc32").write_text(f"{crc32:08x}\n", encoding="ascii")
+
+
+def check_libraries(stage: Path) -> None:
+    """Raises UserError if a shared library needs one that neither the layer nor Lambda has.
+
+    The smoke test would say so as well, where it can run.
+    """
+    found = dict(files(stage))
+    here = {name.rsplit("/", 1)[-1] for name in found} | {
+        Path(library).name for library, _ in rules.COMPRESS
+    }
+    for name, path in found.items():
+        for library in needed(path):
+            if library not in here and not matches(library, rules.SYSTEM_LIBRARIES):
+                raise UserError(
+                    f"{name} needs {library}, which is neither in the layer nor in Lambda's "
+                    "runtime: its package has no wheel for Lambda, or layer/rules.py prunes it."
+                )
+
+
+def check_limits(numbers: dict, ephemeral_storage: int) -> None:
     if numbers["unzipped"] + RESERVED > numbers["limit"]:
         largest = ", ".join(list(numbers["packages"])[:4])
         raise UserError(
@@ -353,22 +410,28 @@ def check_limits(numbers: dict) -> None:
             f"the function's own code that is over Lambda's {numbers['limit']:,}. The largest "
             f"packages are {largest}."
         )
-    if numbers["extracted"] > TMP_LIMIT:
+    limit = ephemeral_storage << 20
+    if numbers["extracted"] > limit:
         raise UserError(
             f"The layer would unpack {numbers['extracted']:,} bytes at the cold start, over the "
-            f"{TMP_LIMIT:,} of /tmp that Lambda gives by default and SnapStart at most."
+            f"{limit:,} of /tmp. Lambda gives {TMP} MB by default and {MAX_TMP} at most "
+            f"(--ephemeral-storage), with SnapStart {TMP}."
         )
 
 
 def smoke_test(stage: Path, target: Target) -> None:
     """Imports and predicts from the stage in a clean interpreter with nothing else on its path."""
-    if not target.runs_here():
-        say(f"The smoke test is skipped: {target.name} cannot run here.")
+    runner = target.runner()
+    if runner is None:
+        say(
+            f"The smoke test is skipped: {target.name} cannot run here (--emulator runs it all the "
+            "same)."
+        )
         return
     say("Smoke test: import and predict in a clean interpreter")
     with tempfile.TemporaryDirectory() as scratch:
         result = subprocess.run(
-            [target.interpreter(), "-I", "-S", "-B", str(SOURCE / "smoke_test.py"), str(stage)],
+            [*runner, "-I", "-S", "-B", str(SOURCE / "smoke_test.py"), str(stage)],
             env={"TMPDIR": scratch, "PATH": os.environ["PATH"]},
             capture_output=True, text=True,
         )  # fmt: skip
@@ -389,15 +452,12 @@ def zip_entry(name: str, mode: int = 0o644) -> zipfile.ZipInfo:
 
 def write_zip(stage: Path, output: Path) -> None:
     say(f"Writing {shown(output)}")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(output.name + ".partial")
-    with zipfile.ZipFile(partial, "w") as file:
+    with replacing(output) as partial, zipfile.ZipFile(partial, "w") as file:
         for name, path in files(stage):
             mode = 0o755 if os.access(path, os.X_OK) else 0o644
             stored = path.suffix == ".zst" or name == ".requirements/archive.zip"
             method = zipfile.ZIP_STORED if stored else zipfile.ZIP_DEFLATED
             file.writestr(zip_entry(f"python/{name}", mode), path.read_bytes(), method, 9)
-    os.replace(partial, output)
 
 
 def read_manifest(zip_path: Path) -> dict | None:
@@ -418,10 +478,8 @@ def report(manifest: dict, output: Path) -> None:
 
 
 def write_json(path: Path, value: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -433,6 +491,19 @@ def main() -> None:
     )
     parser.add_argument("--python", help="version for --target aws (default 3.13)")
     parser.add_argument("--architecture", choices=["x86_64", "arm64"], help="for --target aws")
+    parser.add_argument(
+        "--emulator", default="", metavar="COMMAND",
+        help="runs the target's Python for the smoke test, if it cannot run here: "
+        "'qemu-aarch64 -L ROOT ROOT/usr/bin/python3.13'",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ephemeral-storage", type=int, default=TMP, metavar="MB",
+        help="/tmp of the function that the layer is for (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--snapstart", action="store_true",
+        help=f"it is for a function with SnapStart, which allows {TMP} MB of /tmp",
+    )  # fmt: skip
     parser.add_argument("--requirements", type=Path, default=REQUIREMENTS, metavar="FILE")
     parser.add_argument("--output", type=Path, metavar="ZIP")
     parser.add_argument(
@@ -444,14 +515,18 @@ def main() -> None:
         help="install the packages by `sam build --use-container` (Docker)",
     )  # fmt: skip
     options = parser.parse_args()
-    target = Target.create(options.target, options.python, options.architecture)
+    if not TMP <= options.ephemeral_storage <= MAX_TMP:
+        parser.error(f"--ephemeral-storage must be from {TMP} to {MAX_TMP}")
+    if options.snapstart and options.ephemeral_storage > TMP:
+        parser.error(f"with SnapStart, --ephemeral-storage is at most {TMP}")
+    target = Target.create(options.target, options.python, options.architecture, options.emulator)
     if options.packages_only:
         print(serving_packages(target, options.requirements))
     else:
         packages = None
         if options.use_container:
             packages = container_packages(target, options.requirements)
-        build(target, options.requirements, options.output, packages)
+        build(target, options.requirements, options.output, packages, options.ephemeral_storage)
 
 
 if __name__ == "__main__":

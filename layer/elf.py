@@ -1,4 +1,4 @@
-"""`strip` for shared libraries in a few lines, so that no binutils are needed, for any processor.
+"""What the builder does with shared libraries, of any processor and without binutils.
 
 The dynamic loader reads program headers only. Symbol tables, debug information and the section
 headers that describe them lie behind the last loaded segment in every library that a linker
@@ -8,6 +8,25 @@ wrote, and can be cut off there. The format: `man 5 elf`.
 import os
 import struct
 from pathlib import Path
+
+from elftools.elf.dynamic import DynamicSegment
+from elftools.elf.elffile import ELFFile
+
+
+def needed(path: Path) -> list[str]:
+    """The names (DT_NEEDED) of the libraries that a library loads; none for another kind of file.
+
+    Raises ELFError for a damaged one.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"\x7fELF":
+            return []
+        return [
+            tag.needed
+            for segment in ELFFile(file).iter_segments()
+            if isinstance(segment, DynamicSegment)
+            for tag in segment.iter_tags("DT_NEEDED")
+        ]
 
 
 def strip(path: Path) -> int:

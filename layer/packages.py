@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from local.atomic import replacing
 from local.cli import UserError
 from local.install import TORCH_CPU_INDEX, torch_index
 from local.paths import BUILD, ROOT
@@ -40,17 +42,27 @@ class Target:
     local: bool
     python: str  # "3.13"
     architecture: str  # as Lambda calls it: "x86_64" or "arm64"
+    emulator: tuple[str, ...] = ()  # command that runs the target's Python here
 
     @classmethod
     def create(
-        cls, target: str | None = None, python: str | None = None, architecture: str | None = None
+        cls,
+        target: str | None = None,
+        python: str | None = None,
+        architecture: str | None = None,
+        emulator: str = "",
     ) -> "Target":
         """`target` is "local" or "aws"; without one the environment's LAYER_TARGET, else local."""
         target = target or os.environ.get("LAYER_TARGET") or "local"
         here = f"{sys.version_info.major}.{sys.version_info.minor}"
         machine = ARCHITECTURES.get(platform.machine().lower(), platform.machine())
         machine = "arm64" if machine == "aarch64" else machine
+        command = tuple(shlex.split(emulator))
+        if command and shutil.which(command[0]) is None:
+            raise UserError(f"The emulator {command[0]} is not installed.")
         if target == "local":
+            if command:
+                raise UserError("The local target runs here; an emulator is for --target aws.")
             if (python or here) != here or (architecture or machine) != machine:
                 raise UserError(
                     f"The local target is Python {here} on {machine}, which is what runs here; "
@@ -65,7 +77,7 @@ class Target:
         architecture = architecture or "x86_64"
         if architecture not in ("x86_64", "arm64"):
             raise UserError(f"The architecture is x86_64 or arm64, not {architecture!r}.")
-        return cls(False, python, architecture)
+        return cls(False, python, architecture, command)
 
     @property
     def name(self) -> str:
@@ -97,13 +109,16 @@ class Target:
                 return str(candidate)
         return None
 
-    def runs_here(self) -> bool:
+    def runner(self) -> list[str] | None:
+        """The command that runs the target's Python on this machine, if any."""
+        if self.emulator:
+            return list(self.emulator)
         machine = ARCHITECTURES.get(platform.machine().lower())
-        return self.local or (
-            machine == ARCHITECTURES[self.architecture]
-            and sys.platform == "linux"
-            and self.interpreter() is not None
-        )
+        foreign = machine != ARCHITECTURES[self.architecture] or sys.platform != "linux"
+        if not self.local and foreign:
+            return None
+        interpreter = self.interpreter()
+        return [interpreter] if interpreter else None
 
     def pip_arguments(self, glibc: tuple[int, int] | None = None) -> list[str]:
         if self.local:
@@ -187,14 +202,11 @@ def install_packages(target: Target, requirements: Path) -> Path:
         shutil.rmtree(stale)
     index = torch_index() if re.search(r"^torch\b", text, re.MULTILINE) else []
     pins = resolve(target, requirements, index)
-    partial = folder.with_name(folder.name + ".partial")
     say(f"  {len(pins)} packages: " + ", ".join(pins))
-    pip(
-        ["install", "--no-deps", "--target", str(partial), *target.pip_arguments(), *index, *pins],
-        f"The packages for {target.name} cannot be installed",
-        target,
-    )
-    os.replace(partial, folder)
+    with replacing(folder) as partial:
+        arguments = ["--no-deps", "--target", str(partial), *target.pip_arguments(), *index, *pins]
+        failure = f"The packages for {target.name} cannot be installed"
+        pip(["install", *arguments], failure, target)
     return folder
 
 

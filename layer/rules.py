@@ -58,7 +58,6 @@ PRUNE = [
     ("torch/utils/benchmark/*", "PyTorch's own benchmarks"),
     ("torch/utils/hipify/*", "converts CUDA sources"),
     ("torch/utils/tensorboard/*", "training logs"),
-    ("torch/ao/ns/*", "compares models while quantising"),
     ("torch/ao/pruning/*", "training"),
     ("torch/lib/libaoti_custom_ops.so", "used by PyTorch's own tests"),
     ("torch/lib/libbackend_with_compiler.so", "used by PyTorch's own tests"),
@@ -88,14 +87,24 @@ PRUNE = [
 # rewritten by auditwheel: stripping them breaks them.
 STRIP = ["torch/*.so", "torch/*.so.*", "torch/bin/torch_shm_manager"]
 
-# Stored as zstd frames and unpacked at the cold start: (library, module that needs it, libraries
-# that it needs from the layer, in this order). Importing the module waits for the library.
-COMPRESS = [
-    (
-        "torch/lib/libtorch_cpu.so",
-        "torch._C",
-        ["torch/lib/libgomp*.so*", "torch/lib/libc10.so"],
-    ),
+# Stored as zstd frames and unpacked at the cold start: (library, module that needs it). Importing
+# the module waits for the library.
+COMPRESS = [("torch/lib/libtorch_cpu.so", "torch._C")]
+
+# What a library may need from the system: the manylinux policies' list as far as Amazon Linux's
+# images for Lambda have it. Everything else has to be in the layer.
+SYSTEM_LIBRARIES = [
+    "ld-linux-*.so.*",
+    "libc.so.6",
+    "libdl.so.2",
+    "libgcc_s.so.1",
+    "libm.so.6",
+    "libpthread.so.0",
+    "libresolv.so.2",
+    "librt.so.1",
+    "libstdc++.so.6",
+    "libutil.so.1",
+    "libz.so.1",
 ]
 
 # Pure Python that `import torch` leaves alone and inference hardly ever needs (torch.compile,
@@ -117,6 +126,7 @@ ARCHIVE = [
 # The smoke test counts the modules that were imported without bytecode.
 NO_BYTECODE = [
     "torch/distributed/*/*",
+    "torch/ao/ns/*",
     "torch/ao/quantization/fx/*",
     "torch/ao/quantization/pt2e/*",
     "torch/ao/quantization/backend_config/*",

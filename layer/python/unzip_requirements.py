@@ -13,13 +13,13 @@ it needs the library, which the dynamic loader then finds because it is loaded a
 
 The library is unpacked into a folder of its own below $TMPDIR (/tmp on Lambda): beside its final
 name under a lock, then renamed, so that a file with the final name is complete, whoever was killed
-while writing it; the next process in the same environment uses it as it is. If that folder is
-full or read-only, or belongs to somebody else, the library goes to anonymous memory instead.
-Each frame carries a checksum. A layer that is damaged or made for another Python makes
-`import torch` raise an ImportError that says so.
+while writing it. The next process in the same environment checks it and uses it as it is. If that
+folder is full or read-only, or belongs to somebody else, the library goes to anonymous memory.
 
 The folder `.requirements` beside this file holds the frames, their index `manifest.json`, the
 zstd decoder, and rarely imported pure Python packages as a zip, which goes to the end of sys.path.
+All of them carry checksums. A layer that is damaged or made for another Python makes
+`import torch` raise an ImportError that says so.
 UNZIP_REQUIREMENTS_TO=memory in the function's environment leaves /tmp alone.
 """
 
@@ -33,6 +33,7 @@ import mmap
 import os
 import sys
 import threading
+import zlib
 from importlib.machinery import PathFinder, SourceFileLoader
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -40,11 +41,18 @@ REQUIREMENTS = os.path.join(HERE, ".requirements")
 ARCHIVE = os.path.join(REQUIREMENTS, "archive.zip")
 
 
+class Damaged(Exception):
+    """The layer's own files are not what the builder wrote."""
+
+    def __init__(self, path: str, reason: object):
+        super().__init__(f"the layer is damaged: {path}: {reason}; publish it again")
+
+
 class Library:
     """One compressed shared library: unpacked and loaded by a thread, awaited by `wait`."""
 
-    def __init__(self, entry: dict, zstd):
-        self.entry, self.zstd = entry, zstd
+    def __init__(self, entry: dict, zstd, archive_crc32: int):
+        self.entry, self.zstd, self.archive_crc32 = entry, zstd, archive_crc32
         self.error: Exception | None = None
         self.thread = threading.Thread(target=self._run, name="unzip_requirements", daemon=True)
         self.thread.start()
@@ -56,6 +64,7 @@ class Library:
 
     def _run(self) -> None:
         try:
+            read(ARCHIVE, self.archive_crc32)
             path = self._unpack()
             for needed in self.entry["needs"]:
                 load(os.path.join(HERE, needed))
@@ -88,7 +97,7 @@ class Library:
                 raise PermissionError(1, "belongs to another user", folder)
             fcntl.flock(directory, fcntl.LOCK_EX)
             path = os.path.join(folder, os.path.basename(self.entry["path"]))
-            if os.path.exists(path) and os.path.getsize(path) == self.entry["size"]:
+            if self._intact(path):
                 return path
             partial = path + ".partial"
             fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
@@ -104,49 +113,80 @@ class Library:
         finally:
             os.close(directory)  # and with it the lock
 
+    def _intact(self, path: str) -> bool:
+        """Whether the library is there, as an earlier process left it: its checksums say so."""
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return False
+
+        def check(start: int, compressed: int, position: int, size: int, crc32: int) -> None:
+            with mmap.mmap(fd, size, offset=position, access=mmap.ACCESS_READ) as unpacked:
+                if zlib.crc32(unpacked) != crc32:
+                    raise ValueError("it has been changed")
+
+        try:
+            if os.fstat(fd).st_size == self.entry["size"]:
+                self._for_each_frame(check)
+                return True
+        except ValueError:
+            pass
+        finally:
+            os.close(fd)
+        print(f"unzip_requirements: {path} has been changed; unpacking again", file=sys.stderr)
+        return False
+
     def _write_frames(self, fd: int) -> None:
-        """Decompresses all frames to their places in the file, on every core there is.
+        """Decompresses all frames to their places in the file.
 
         Straight into the mapped file, one call a frame: each return to Python would wait for the
         interpreter lock, which the handler's imports hold. Large writes cost twice the time.
         """
         os.posix_fallocate(fd, 0, self.entry["size"])  # a full disk is an error here, no SIGBUS
         source = os.path.join(REQUIREMENTS, self.entry["frames"])
+
+        def write(start: int, compressed: int, position: int, size: int, crc32: int) -> None:
+            frame = view[start : start + compressed]
+            with (
+                self.zstd.ZstdDecompressor().stream_reader(frame) as reader,
+                mmap.mmap(fd, size, offset=position) as target,
+            ):
+                # Without readahead the page cache keeps single pages; in large ones, every touch
+                # of the library would count for two megabytes of memory.
+                target.madvise(mmap.MADV_RANDOM)
+                if reader.readinto(target) != size or reader.read(1):
+                    raise ValueError("a frame has another length")
+
+        try:
+            with (
+                open(source, "rb") as file,
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+                memoryview(mapped) as view,
+            ):
+                self._for_each_frame(write)
+        except (ValueError, self.zstd.ZstdError) as error:
+            raise Damaged(source, error) from None
+
+    def _for_each_frame(self, work) -> None:
+        """Calls `work` with each frame's entry in the index, on every core there is."""
         frames = iter(self.entry["index"])
         errors: list[Exception] = []
 
-        def work() -> None:
-            decompressor = self.zstd.ZstdDecompressor()
+        def run() -> None:
             try:
-                for start, compressed, position, size in frames:
-                    reader = decompressor.stream_reader(view[start : start + compressed])
-                    with mmap.mmap(fd, size, offset=position) as target:
-                        # Without readahead the page cache keeps single pages; in large ones,
-                        # every touch of the library would count for two megabytes of memory.
-                        target.madvise(mmap.MADV_RANDOM)
-                        if reader.readinto(target) != size or reader.read(1):
-                            raise ValueError("it has another length")
-                    reader.close()
+                for frame in frames:
+                    work(*frame)
             except Exception as error:
-                errors.append(error.with_traceback(None))  # which would hold on to the view
+                errors.append(error.with_traceback(None))  # which would hold on to the mapping
 
-        with (
-            open(source, "rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
-            memoryview(mapped) as view,
-        ):
-            threads = [threading.Thread(target=work) for _ in range(cores() - 1)]
-            for thread in threads:
-                thread.start()
-            work()
-            for thread in threads:
-                thread.join()
-        for error in errors:
-            if isinstance(error, OSError):
-                raise error
-            raise ValueError(
-                f"the layer is damaged: {source} fails its checksum ({error}); publish it again"
-            )
+        threads = [threading.Thread(target=run) for _ in range(cores() - 1)]
+        for thread in threads:
+            thread.start()
+        run()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
 
 
 class Finder:
@@ -212,22 +252,39 @@ def load(path: str) -> None:
         ctypes.CDLL(path)  # raises with the loader's own words
 
 
-def start() -> None:
-    with open(os.path.join(REQUIREMENTS, "manifest.json"), encoding="utf-8") as file:
-        manifest = json.load(file)
-    runtime = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    if manifest["runtime"] != runtime:
-        sys.meta_path.insert(0, Refusal(f"this layer is for {manifest['runtime']}, not {runtime}"))
-        return
+def read(path: str, crc32: int) -> bytes:
+    with open(path, "rb") as file:
+        content = file.read()
+    if zlib.crc32(content) != crc32:
+        raise Damaged(path, "it fails its checksum")
+    return content
+
+
+def start() -> list:
+    """What is put in front of sys.meta_path: the threads are running, or `import torch` refuses."""
+    path = os.path.join(REQUIREMENTS, "manifest.json")
+    try:
+        with open(path + ".crc32", encoding="ascii") as file:
+            manifest = json.loads(read(path, int(file.read(), 16)))
+        runtime = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        if manifest["runtime"] != runtime:
+            return [Refusal(f"this layer is for {manifest['runtime']}, not {runtime}")]
+        decoder = os.path.join(REQUIREMENTS, manifest["decoder"])
+        read(decoder, manifest["crc32"][manifest["decoder"]])
+        spec = importlib.util.spec_from_file_location("backend_c", decoder)
+        zstd = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(zstd)
+        archive_crc32 = manifest["crc32"]["archive.zip"]
+        libraries = {
+            entry["needed_by"]: Library(entry, zstd, archive_crc32)
+            for entry in manifest["libraries"]
+        }
+    except Damaged as error:
+        return [Refusal(str(error))]
+    except (OSError, ValueError, ImportError) as error:
+        return [Refusal(str(Damaged(path, error)))]
     sys.path.append(ARCHIVE)
-    spec = importlib.util.spec_from_file_location(
-        "backend_c", os.path.join(REQUIREMENTS, manifest["decoder"])
-    )
-    zstd = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(zstd)
-    sys.meta_path.insert(
-        0, Finder({entry["needed_by"]: Library(entry, zstd) for entry in manifest["libraries"]})
-    )
+    return [Finder(libraries)]
 
 
-start()
+sys.meta_path[:0] = start()

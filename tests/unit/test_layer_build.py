@@ -1,9 +1,12 @@
 """The builder's gates and steps, with the real pip on wheels that the test makes."""
 
 import json
+import shutil
 import sys
 import zipfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from layer import build, packages
@@ -135,11 +138,51 @@ def test_the_target_comes_from_the_environment(monkeypatch):
 
 def test_limits():
     numbers = {"limit": 262_144_000, "packages": {"torch": {}, "scipy": {}}}
-    build.check_limits(numbers | {"unzipped": 250_000_000, "extracted": 345_000_000})
+    build.check_limits(numbers | {"unzipped": 250_000_000, "extracted": 345_000_000}, 512)
     with pytest.raises(UserError, match=r"260,000,000 bytes unzipped.*torch, scipy"):
-        build.check_limits(numbers | {"unzipped": 260_000_000, "extracted": 0})
-    with pytest.raises(UserError, match="SnapStart"):
-        build.check_limits(numbers | {"unzipped": 1, "extracted": 600_000_000})
+        build.check_limits(numbers | {"unzipped": 260_000_000, "extracted": 0}, 512)
+    large = numbers | {"unzipped": 1, "extracted": 600_000_000}
+    build.check_limits(large, 1024)
+    with pytest.raises(UserError, match=r"600,000,000 bytes.*with SnapStart 512"):
+        build.check_limits(large, 512)
+
+
+def test_snapstart_allows_no_more_tmp(capsys, monkeypatch):
+    arguments = ["layer.build", "--snapstart", "--ephemeral-storage", "1024"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as refused:
+        build.main()
+    assert refused.value.code == 2
+    assert "with SnapStart, --ephemeral-storage is at most 512" in capsys.readouterr().err
+
+
+@pytest.fixture
+def numpy_stage(tmp_path) -> Path:
+    """numpy's own shared libraries, which need each other, as in a layer."""
+    source = Path(np.__file__).parent.with_name("numpy.libs")
+    if not source.is_dir():
+        pytest.skip("this numpy brings no libraries")
+    shutil.copytree(source, tmp_path / "numpy.libs")
+    return tmp_path
+
+
+def test_the_neighbours_of_a_library_come_in_an_order_that_loads(numpy_stage):
+    names = {path.name: name for name, path in build.files(numpy_stage)}
+    (openblas,) = (name for base, name in names.items() if "openblas" in base)
+    found = [
+        Path(name).name.split("-")[0] for name in build.neighbours(numpy_stage, openblas, names)
+    ]
+    assert "libgfortran" in found and "libscipy_openblas64_" not in found
+    if "libquadmath" in found:  # which libgfortran needs, where the processor has no such numbers
+        assert found.index("libquadmath") < found.index("libgfortran")
+
+
+def test_a_library_that_nobody_brings_is_refused_by_name(numpy_stage):
+    build.check_libraries(numpy_stage)
+    (gfortran,) = numpy_stage.glob("numpy.libs/libgfortran*")
+    gfortran.unlink()
+    with pytest.raises(UserError, match=r"openblas.* needs libgfortran.*neither in the layer"):
+        build.check_libraries(numpy_stage)
 
 
 def test_frames_come_back_as_they_were(tmp_path, monkeypatch):

@@ -1,12 +1,14 @@
 """The module at the top of every handler, on a small layer made by the real builder's code."""
 
 import hashlib
+import json
 import os
 import random
 import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import zstandard
 from layer import build, elf
 
 SOURCE = Path(build.__file__).parent / "python" / "unzip_requirements.py"
+DECODER = Path(zstandard.backend_c.__file__).name
 LOAD = "import unzip_requirements, torch; print(torch.answer)"
 
 
@@ -39,8 +42,10 @@ def original(tmp_path_factory):
         (stage / ".requirements").mkdir()
         libraries = build.compress(stage)
     shutil.copy(decoder, stage / ".requirements")
-    build.write_json(
-        stage / ".requirements" / "manifest.json",
+    with zipfile.ZipFile(stage / ".requirements" / "archive.zip", "w") as file:
+        file.writestr("archived.py", "answer = 43\n")
+    build.write_manifest(
+        stage / ".requirements",
         {"decoder": decoder.name, "libraries": libraries, "runtime": build.Target.create().runtime},
     )
     return stage, libraries[0]
@@ -127,7 +132,7 @@ def test_a_half_written_file_is_replaced(layer, original, name):
     half = path.read_bytes()[: 20 << 20]
     path.unlink()
     path.with_name(name).write_bytes(half)
-    assert run(layer) == (0, "42", "")
+    assert run(layer)[:2] == (0, "42")
     assert_whole(layer, original[1])
 
 
@@ -137,16 +142,43 @@ def test_several_processes_at_once(layer, original):
     assert_whole(layer, original[1])
 
 
-@pytest.mark.parametrize("position", [0.001, 0.3, 0.7, 0.999])
-def test_a_flipped_byte_is_refused_with_a_sentence(layer, position):
-    frames = layer / "python" / ".requirements" / "libtorch_cpu.so.zst"
-    data = bytearray(frames.read_bytes())
+def flip(path: Path, position: float) -> None:
+    data = bytearray(path.read_bytes())
     data[int(len(data) * position)] ^= 0x10
-    frames.write_bytes(data)
+    path.write_bytes(data)
+
+
+OWN_FILES = ["libtorch_cpu.so.zst", "manifest.json", "manifest.json.crc32", "archive.zip", DECODER]
+
+
+@pytest.mark.parametrize("name", OWN_FILES)
+@pytest.mark.parametrize("position", [0.001, 0.3, 0.7, 0.95])
+def test_a_flipped_byte_is_refused_with_a_sentence(layer, name, position):
+    flip(layer / "python" / ".requirements" / name, position)
     code, _, err = run(layer)
     assert code == 1
     assert "ImportError: unzip_requirements: the layer is damaged" in err.splitlines()[-1]
     assert unpacked(layer) == []
+
+
+@pytest.mark.parametrize("name", OWN_FILES)
+def test_a_missing_file_is_refused_with_a_sentence(layer, name):
+    (layer / "python" / ".requirements" / name).unlink()
+    code, _, err = run(layer)
+    assert code == 1
+    assert "ImportError: unzip_requirements: " in err.splitlines()[-1]
+    assert name in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("position", [0, 0.5, 0.999999])
+def test_a_byte_flipped_in_tmp_is_unpacked_again(layer, original, position):
+    run(layer)
+    (path,) = unpacked(layer)
+    flip(path, position)
+    code, out, err = run(layer)
+    assert (code, out) == (0, "42")
+    assert "has been changed; unpacking again" in err
+    assert_whole(layer, original[1])
 
 
 def test_missing_frames_are_refused_with_a_sentence(layer):
@@ -157,10 +189,9 @@ def test_missing_frames_are_refused_with_a_sentence(layer):
 
 
 def test_the_wrong_python_is_refused_with_a_sentence(layer):
-    manifest = layer / "python" / ".requirements" / "manifest.json"
-    text = manifest.read_text()
-    assert build.Target.create().runtime in text
-    manifest.write_text(text.replace(build.Target.create().runtime, "python3.9"))
+    folder = layer / "python" / ".requirements"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    build.write_manifest(folder, manifest | {"runtime": "python3.9"})
     code, _, err = run(layer)
     assert code == 1
     assert "this layer is for python3.9" in err.splitlines()[-1]
