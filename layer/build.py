@@ -107,7 +107,7 @@ def make(
     (BUILD / "layer").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=BUILD / "layer", prefix="stage-") as folder:
         stage = Path(folder) / "python"
-        original = sizes(packages)
+        original = {n: s for n, s in sizes(packages).items() if not matches(n, rules.GENERATED)}
         prune(packages, stage)
         strip_libraries(stage)
         archived = archive(stage)
@@ -166,7 +166,7 @@ def prune(packages: Path, stage: Path) -> None:
     """Hard-links what inference needs to the stage: the installed packages stay as they are."""
     say("Pruning what inference never needs")
     keep = [pattern for pattern, _ in rules.KEEP]
-    drop = [pattern for pattern, _ in rules.PRUNE] + ["*.pyc"]
+    drop = [pattern for pattern, _ in rules.PRUNE] + rules.GENERATED
     for name, path in files(packages):
         if matches(name, keep) or not matches(name, drop):
             (stage / name).parent.mkdir(parents=True, exist_ok=True)

@@ -15,11 +15,12 @@ KEEP = [
     ("torch/testing/_internal/distributed/fake_pg.py", "imported by torch.distributed"),
 ]
 
+# What pip and Python write beside the wheels' content, differently on every machine.
+GENERATED = ["bin/*", "*.dist-info/RECORD", "*.pyc"]
+
 PRUNE = [
-    ("bin/*", "command lines"),
     ("share/*", "manual pages"),
     ("include/*", "C headers"),
-    ("*.dist-info/RECORD", "pip's list of files, wrong once files are pruned"),
     (
         "*.dist-info/licenses/*/*/*",
         "licences of third parties' third parties; the wheel's own stay",
@@ -139,6 +140,14 @@ NO_BYTECODE = [
     "numpy/testing/*",
 ]
 BYTECODE_ALL_THE_SAME = [
+    "torch/ao/ns/__init__.py",
+    "torch/ao/ns/fx/__init__.py",
+    "torch/ao/ns/fx/ns_types.py",
+    "torch/ao/ns/fx/utils.py",
+    "torch/ao/quantization/pt2e/__init__.py",
+    "torch/ao/quantization/pt2e/_numeric_debugger.py",
+    "torch/ao/quantization/pt2e/export_utils.py",
+    "torch/ao/quantization/pt2e/graph_utils.py",
     "torch/distributed/_local_tensor/*",
     "torch/distributed/_pycute/*",
     "torch/distributed/algorithms/__init__.py",
@@ -147,5 +156,6 @@ BYTECODE_ALL_THE_SAME = [
     "torch/distributed/rpc/*",
     "torch/distributed/tensor/*",
     "torch/_functorch/_aot_autograd/__init__.py",
+    "torch/_functorch/_aot_autograd/descriptors.py",
     "torch/_functorch/_aot_autograd/utils.py",
 ]
