@@ -52,6 +52,11 @@ def test_sizes(zip_path):
     assert abs(parts - budget["unzipped"]) < 100_000  # the manifest itself is written last
 
 
+def test_the_same_inputs_give_the_same_bytes(zip_path, tmp_path):
+    again = build.build(build.Target.create("local"), output=tmp_path / "again.zip")
+    assert again.read_bytes() == zip_path.read_bytes()
+
+
 def test_it_predicts_after_being_killed_at_any_instant(layer, tmp_path):
     delays = random.Random(0)
     for _ in range(10):
