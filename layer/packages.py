@@ -278,6 +278,8 @@ def container_packages(target: Target, requirements: Path) -> Path:
 
     For packages that have no wheel: it needs Docker, and downloads the image. Raises UserError.
     """
+    if target.local:
+        raise UserError("--use-container installs for AWS Lambda: add --target aws.")
     sam = Path(sys.executable).parent / "sam"
     command = str(sam) if sam.exists() else shutil.which("sam")
     if command is None or shutil.which("docker") is None:

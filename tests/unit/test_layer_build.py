@@ -136,6 +136,14 @@ def test_the_target_comes_from_the_environment(monkeypatch):
     assert Target.create().python == f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
+def test_a_container_is_for_aws_and_needs_docker(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="add --target aws"):
+        packages.container_packages(Target.create("local"), packages.REQUIREMENTS)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="needs the SAM CLI and Docker"):
+        packages.container_packages(Target.create("aws"), packages.REQUIREMENTS)
+
+
 def test_limits():
     numbers = {"limit": 262_144_000, "packages": {"torch": {}, "scipy": {}}}
     build.check_limits(numbers | {"unzipped": 250_000_000, "extracted": 345_000_000}, 512)
