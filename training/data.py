@@ -36,6 +36,7 @@ from training.checks import SUFFIXES, WHOLE, Checked, Parts, check_folder, check
 # ImageFolder sorts the classes by name, so a digit's index is not the digit: classes.txt tells.
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGITS = BUILD / "data" / "digits"
+PHOTOGRAPHS = BUILD / "data" / "photographs"
 # Not the seed of the training: whoever tries several seeds has one test split for all of them.
 SPLIT_SEED = 0
 VAL_SHARE = TEST_SHARE = 0.15
@@ -78,6 +79,20 @@ def write_digits(output: Path = DIGITS) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             grey = np.rint(digits.images[i] * (255 / 16)).astype(np.uint8)
             Image.fromarray(grey).save(path)
+    return output
+
+
+def write_photographs(output: Path = PHOTOGRAPHS) -> Path:
+    """The two photographs that scikit-learn ships, a temple and a flower, as JPEG files, for models
+    that come without images. Kept if they are there already; returns `output`."""
+    from sklearn.datasets import load_sample_images
+
+    pictures = load_sample_images()
+    for name, pixels in zip(pictures.filenames, pictures.images, strict=True):
+        path = output / Path(name).name
+        if not path.exists():
+            with replacing(path) as partial:
+                Image.fromarray(pixels).save(partial, "jpeg", quality=95)
     return output
 
 

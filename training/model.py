@@ -18,6 +18,7 @@ from torch import nn
 
 from local.atomic import replacing
 from local.cli import UserError
+from local.paths import ROOT
 from preprocessing import Preprocessing
 
 FORMAT = "image-classifier-checkpoint-1"
@@ -104,6 +105,13 @@ class TrainedModel:
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{path} is inconsistent: {reason}") from error
+
+    @property
+    def data_folder(self) -> Path | None:
+        """The folder with train, val and test that the model was trained or measured on, if it is
+        there."""
+        name = self.configuration.get("data_folder")
+        return ROOT / name if name and (ROOT / name).is_dir() else None
 
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides what the model answers, and of nothing else."""

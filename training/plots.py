@@ -56,13 +56,14 @@ def curves(history: Sequence[dict]) -> Figure:
 
 def live_curves() -> Callable[[list[dict]], None]:
     """For `on_epoch`: one picture in the cell's output, drawn anew after each epoch."""
-    handle = display(display_id=True)
+    # Empty at first: a picture that came later would cut the progress bar in two.
+    handle = display({"text/plain": ""}, raw=True, display_id=True)
 
     def update(history: Sequence[dict]) -> None:
         figure = curves(history)
         if handle:  # None outside a notebook
             handle.update(figure)
-        plt.close(figure)
+        plt.close(figure)  # or Jupyter would show it once more
 
     return update
 

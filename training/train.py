@@ -45,7 +45,7 @@ from training.sources import (
     read_preprocessing,
 )
 
-__all__ = ["OUTPUT", "SOURCES", "Predictions", "best_epoch", "data_folder", "get_model", "predict"]
+__all__ = ["OUTPUT", "SOURCES", "Predictions", "best_epoch", "find_data", "get_model", "predict"]
 
 SOURCES = ("digits", "folder", "dataset", "pretrained", "checkpoint", "torchscript", "module")
 TRAINED = SOURCES[:3]  # here; the others come as they are
@@ -96,7 +96,7 @@ def get_model(
         augment: the recipe's if None.
         skip_bad: leave out images that would be refused.
         force: train even if `output` holds the result of the same configuration, data and code.
-        on_epoch: is handed the history after each epoch.
+        on_epoch: is handed the history after each epoch, and once if nothing had to be trained.
 
     Raises:
         UserError: an argument, a file or the network is not what it has to be.
@@ -110,7 +110,7 @@ def get_model(
         if source in TRAINED:
             trained, reused = _train(
                 source,
-                _layout(source, data, skip_bad),
+                find_data(source, data, skip_bad),
                 architecture,
                 str(weights or ("random" if source == "digits" else "DEFAULT")),
                 _recipe(source, weights, epochs, augment),
@@ -127,8 +127,7 @@ def get_model(
             )
             if preprocessing or image_size:
                 trained.preprocessing = sized(preprocessing or trained.preprocessing, image_size)
-            if data is not None:
-                folder = from_folder(Path(data), skip_bad)
+            if folder := find_data(source, data, skip_bad):
                 trained.configuration["data_folder"] = _relative(folder)
                 assess(trained, folder)
             reused = False
@@ -141,10 +140,31 @@ def get_model(
     return trained
 
 
-def data_folder(trained: TrainedModel) -> Path | None:
-    """The folder with train, val and test that the model was trained or measured on, if any."""
-    name = trained.configuration.get("data_folder")
-    return ROOT / name if name else None
+def find_data(source: str, data: str | Path | None, skip_bad: bool = False) -> Path | None:
+    """The images that belong to a source, as a folder with train, val and test; checked and split.
+
+    Args:
+        source, data, skip_bad: as for `get_model`.
+
+    Returns:
+        The folder; None for a model from elsewhere without `data`.
+
+    Raises:
+        UserError: the images are missing or not usable.
+    """
+    if source == "digits":
+        return write_digits(DIGITS)
+    if not data and source in TRAINED:
+        example = "a folder" if source == "folder" else "a name such as oxford_iiit_pet"
+        raise UserError(f"the source {source} needs the data to learn from: {example}")
+    if not data:
+        return None
+    parts = [Path(data, part) for part in ("train", "val", "test")]
+    if Path(data).parent == BUILD / "data" and all(part.is_dir() for part in parts):
+        return Path(data)  # what this function has returned before
+    if source == "dataset":
+        return from_torchvision(str(data))
+    return from_folder(Path(data).expanduser(), skip_bad)
 
 
 def sized(preprocessing: Preprocessing, size: int | None) -> Preprocessing:
@@ -160,16 +180,6 @@ def sized(preprocessing: Preprocessing, size: int | None) -> Preprocessing:
         return replace(preprocessing, resize=resize, crop=size)
     except (ValueError, TypeError) as error:
         raise UserError(f"the image size {size!r} cannot be used: {error}") from error
-
-
-def _layout(source: str, data: str | Path | None, skip_bad: bool) -> Path:
-    """The folder with train, val and test."""
-    if source == "digits":
-        return write_digits(DIGITS)
-    if not data:
-        example = "a folder" if source == "folder" else "a name such as oxford_iiit_pet"
-        raise UserError(f"the source {source} needs the data to learn from: {example}")
-    return from_folder(Path(data), skip_bad) if source == "folder" else from_torchvision(str(data))
 
 
 def _recipe(
@@ -261,6 +271,8 @@ def _train(
         else:
             if earlier.configuration == configuration:
                 print(f"{shown(saved)} is of the same configuration, data and code: reused")
+                if on_epoch:
+                    on_epoch(earlier.history)
                 return earlier, True
 
     images = plain["train"]

@@ -15,7 +15,7 @@ from preprocessing import IMAGENET, Preprocessing
 from training import model_card
 from training.model import TrainedModel, build
 from training.sources import fine_tunable, read_class_names, read_preprocessing
-from training.train import data_folder, get_model
+from training.train import get_model
 
 ARCHITECTURE = "squeezenet1_1"
 SIZE = Preprocessing(36, 32, (0.5,) * 3, (0.5,) * 3)
@@ -365,7 +365,7 @@ def test_images_calibrate_and_measure_a_model_from_elsewhere(tmp_path):
     trained = get_model("torchscript", data=tmp_path / "data", **arguments)
     assert trained.metrics["test_accuracy"] == 1.0 and trained.metrics["test_images"] == 3
     assert "Accuracy 100.0%" in (tmp_path / "out" / "MODEL_CARD.md").read_text()
-    assert (data_folder(trained) / "test" / "red").is_dir()
+    assert (trained.data_folder / "test" / "red").is_dir()
     (tmp_path / "data" / "red").rename(tmp_path / "data" / "rouge")
     with pytest.raises(UserError, match="class 'rouge', which the model does not know"):
         get_model("torchscript", data=tmp_path / "data", **arguments)
