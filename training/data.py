@@ -111,13 +111,14 @@ def from_folder(folder: Path, skip_bad: bool = False) -> Path:
 def from_torchvision(name: str) -> Path:
     """A classification data set of torchvision by name, such as `oxford_iiit_pet`, in the layout.
 
-    torchvision downloads and reads it, below TORCH_HOME/datasets/NAME; what is there already is not
-    fetched again. Class names are written as in `english_cocker_spaniel`.
+    torchvision downloads and reads it, below TORCH_HOME/datasets/OxfordIIITPet (the name of its
+    class); what is there already is not fetched again. Class names are written as in `english_cocker_spaniel`.
 
     Raises:
         UserError: there is no such data set, it has no classes, or it cannot be fetched.
     """
     kind = _data_set(name)
+    name = kind.__name__
     root = Path(torch.hub.get_dir()).parent / "datasets" / name
     parts: Parts = {}
     for part, arguments in _splits(kind):
