@@ -112,7 +112,8 @@ def from_torchvision(name: str) -> Path:
     """A classification data set of torchvision by name, such as `oxford_iiit_pet`, in the layout.
 
     torchvision downloads and reads it, below TORCH_HOME/datasets/OxfordIIITPet (the name of its
-    class); what is there already is not fetched again. Class names are written as in `english_cocker_spaniel`.
+    class); what is there already is not fetched again. Class names are written as in
+    `english_cocker_spaniel`.
 
     Raises:
         UserError: there is no such data set, it has no classes, or it cannot be fetched.
