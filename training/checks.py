@@ -59,11 +59,11 @@ def check_folder(folder: Path, skip_bad: bool = False) -> Checked:
     Raises:
         UserError: names what is wrong, and the files.
     """
-    parts, notes = find_images(folder)
+    parts, notes = list_images(folder)
     return check_images(parts, notes, folder, skip_bad)
 
 
-def find_images(folder: Path) -> tuple[Parts, list[str]]:
+def list_images(folder: Path) -> tuple[Parts, list[str]]:
     """The files of each part and class by their names alone, and notes on those left out.
 
     A folder counts as split if it has `train` and every sub-folder is called train, val, valid,
@@ -238,10 +238,13 @@ def _read_all(parts: Parts, folder: Path) -> tuple[dict[Path, str], dict[Path, s
     known = _recall(memory)
     stamps = {path: _stamp(path) for path in paths}
     unknown = [path for path in paths if stamps[path] not in known]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without the interpreter lock
+    pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes without the interpreter lock
+    try:
         results = pool.map(_digest, unknown)
         bar = tqdm(results, "checking images", len(unknown), unit="image", disable=not unknown)
         fresh = dict(zip(unknown, bar, strict=True))
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupt does not wait for the rest
     contents, unreadable = {}, {}
     for path in paths:
         digest, reason = known.get(stamps[path]) or fresh[path]

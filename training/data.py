@@ -188,7 +188,8 @@ def _lay_out(checked: Checked, name: str) -> Path:
     for note in checked.notes:
         print(f"note: {note}")
     links = {
-        f"{part}/{label}/{i:05}-{path.name}": path.resolve()
+        # The name will be part of an address on S3: plain, and not longer than a file's may be.
+        f"{part}/{label}/{i:05}-{slug(path.stem)[:80]}{path.suffix.lower()}": path.resolve()
         for part, classes in sorted(parts.items())
         for label, paths in sorted(classes.items())
         for i, path in enumerate(paths)

@@ -118,7 +118,9 @@ def logits_of(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of (N, classes) and labels of (N,), in the folder's order, on the CPU."""
     model.eval()
-    logits = [model(batch.to(device)).cpu() for batch, _ in DataLoader(images, 64)]
+    # Somebody's trace may have been made for one image at a time.
+    size = 1 if isinstance(model, torch.jit.ScriptModule) else 64
+    logits = [model(batch.to(device)).cpu() for batch, _ in DataLoader(images, size)]
     return torch.cat(logits), torch.tensor(images.targets)
 
 

@@ -20,6 +20,7 @@ from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
 from local.atomic import replacing
+from local.cli import UserError
 from preprocessing import Preprocessing, to_rgb
 from training.evaluate import logits_of
 
@@ -189,6 +190,8 @@ def _train_epoch(model, loader, optimizer, schedule, bar, epoch, recipe) -> tupl
         images, labels = images.to(device), labels.to(device)
         logits = model(images)
         loss = nn.functional.cross_entropy(logits, labels)
+        if not loss.isfinite():
+            raise UserError(f"the training diverged in epoch {epoch}: its loss is {loss.item()}")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -10,17 +10,18 @@ from training.model import TrainedModel
 def write(trained: TrainedModel) -> str:
     """The card as Markdown; the same for the same model."""
     facts = trained.configuration
+    parameters = sum(parameter.numel() for parameter in trained.model.parameters())
     rows = {
         "architecture": trained.architecture,
         "classes": f"{len(trained.classes)}",
         "source": facts.get("source", "unknown"),
         "starting weights": facts.get("weights"),
         "input": _input(trained),
-        "parameters": f"{sum(p.numel() for p in trained.model.parameters()):,}",
+        "parameters": f"{parameters:,}" if parameters else None,  # a frozen model has none
         "temperature": f"{trained.temperature:.3f}",
         "seed": facts.get("seed"),
         "made with": ", ".join(f"{name} {value}" for name, value in trained.versions.items()),
-        "SHA-256 of the weights": f"`{trained.fingerprint()}`",
+        "SHA-256 of the model": f"`{trained.fingerprint()}`",
     }
     lines = [
         f"# {trained.architecture}, {len(trained.classes)} classes",

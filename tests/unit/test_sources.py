@@ -314,6 +314,7 @@ def test_class_names_in_the_forms_in_which_they_come(tmp_path, capsys):
 
     assert read("a.txt", "\ufeffcat\r\ndog \r\n\r\n") == ["cat", "dog"]
     assert read("a.json", '["cat", "dog"]') == ["cat", "dog"]
+    assert read("f.json", '{"dog": 1, "cat": 0}') == ["cat", "dog"]
     keras = {str(i): [f"n{i}", name] for i, name in enumerate(["cat", "dog"])}
     assert read("b.json", json.dumps(keras)) == ["cat", "dog"]
     assert read("c.txt", "crane\ndog\ncrane\n") == ["crane", "dog", "crane (2)"]
