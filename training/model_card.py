@@ -56,7 +56,8 @@ def _training(trained: TrainedModel) -> list[str]:
         f"{len(trained.history)} of at most {recipe['epochs']} epochs, the best of them "
         f"number {best}, by its accuracy on the validation images; {recipe['frozen_epochs']} "
         f"with only the last layer learning; "
-        f"{'varied' if recipe['augment'] else 'unvaried'} images, {recipe['batch_size']} a step.",
+        f"{'varied' if recipe['augment'] else 'unvaried'} images, at most "
+        f"{recipe['batch_size']} a step.",
         "",
     ]
 

@@ -130,7 +130,9 @@ def mistakes(predictions: Predictions, limit: int = 12) -> Figure:
     rows = max(1, -(-len(wrong) // columns))
     figure = plt.figure(figsize=(max(3, 1.35 * columns), 1.75 * rows), layout="constrained")
     if not len(wrong):
-        figure.text(0.5, 0.5, "no mistakes", ha="center", va="center")
+        axes = figure.subplots()  # a figure without axes is not shown
+        axes.axis("off")
+        axes.text(0.5, 0.5, "no mistakes", ha="center", va="center")
         return figure
     grid = figure.subplots(rows, columns, squeeze=False).flat
     for axes in grid:

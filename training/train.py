@@ -23,6 +23,7 @@ from local.paths import BUILD, ROOT
 from preprocessing import IMAGENET, Preprocessing
 from training import evaluate, model_card
 from training import fit as fit_module
+from training.checks import Checked, list_images, table
 from training.data import DIGITS, from_folder, from_torchvision, read_images, write_digits
 from training.evaluate import Predictions, assess, predict
 from training.fit import (
@@ -153,7 +154,9 @@ def find_data(source: str, data: str | Path | None, skip_bad: bool = False) -> P
         UserError: the images are missing or not usable.
     """
     if source == "digits":
-        return write_digits(DIGITS)
+        parts, notes = list_images(write_digits(DIGITS))
+        print(table(Checked(parts, notes)))
+        return DIGITS
     if not data and source in TRAINED:
         example = "a folder" if source == "folder" else "a name such as oxford_iiit_pet"
         raise UserError(f"the source {source} needs the data to learn from: {example}")
