@@ -123,8 +123,9 @@ def get_model(
                 on_epoch,
             )
         else:
+            wanted = sized(preprocessing or IMAGENET, image_size)
             trained = _load(
-                source, architecture, weights, model_file or saved, classes_file, preprocessing
+                source, architecture, weights, model_file or saved, classes_file, wanted
             )
             if preprocessing or image_size:
                 trained.preprocessing = sized(preprocessing or trained.preprocessing, image_size)
@@ -207,22 +208,22 @@ def _load(
     weights: str | Path | None,
     model_file: str | Path,
     classes_file: str | Path | None,
-    preprocessing: Preprocessing | None,
+    preprocessing: Preprocessing,
 ) -> TrainedModel:
     if source == "pretrained":
         return pretrained(architecture, str(weights or "DEFAULT"))
-    classes = Path(classes_file) if classes_file else None
+    classes = Path(classes_file).expanduser() if classes_file else None
     if source == "checkpoint":
-        return from_checkpoint(Path(model_file), architecture, classes)
+        return from_checkpoint(Path(model_file).expanduser(), architecture, classes)
     if classes is None:
         raise UserError(
             f"the source {source} needs a file with the names of the classes, one a line, in the "
             "order of the model's outputs"
         )
     if source == "torchscript":
-        return from_torchscript(Path(model_file), classes, preprocessing or IMAGENET)
-    file = Path(weights) if weights else None
-    return from_module(str(model_file), file, classes, preprocessing or IMAGENET)
+        return from_torchscript(Path(model_file).expanduser(), classes, preprocessing)
+    file = Path(weights).expanduser() if weights else None
+    return from_module(str(model_file), file, classes, preprocessing)
 
 
 def _train(

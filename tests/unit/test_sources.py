@@ -228,6 +228,20 @@ def test_torchscript_files_that_cannot_be_served(network, classes, tmp_path):
     )
 
 
+def test_the_image_size_alone_is_enough(classes, tmp_path):
+    """A network that takes nothing but 48 x 48 pixels."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 48 * 48, 3))
+    path = script(network, tmp_path / "flat.pt", size=48)
+    trained = get_model(
+        "torchscript",
+        model_file=path,
+        classes_file=classes,
+        image_size=48,
+        output=tmp_path / "out",
+    )
+    assert trained.preprocessing == Preprocessing(55, 48, IMAGENET.mean, IMAGENET.std)
+
+
 OWN = """
 from pathlib import Path
 import torch

@@ -118,6 +118,19 @@ def test_a_second_run_reuses_and_any_change_trains_again(folder, tmp_path, capsy
         assert checkpoint.stat().st_mtime_ns > first
 
 
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_model(folder, trained, tmp_path, capsys):
+    def stop(history):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, tmp_path, epochs=2, on_epoch=stop)
+    assert (tmp_path / "training.pt").exists() and not (tmp_path / "checkpoint.pt").exists()
+    resumed = train(folder, tmp_path, epochs=2)
+    assert "going on after epoch 1" in capsys.readouterr().out
+    assert resumed.fingerprint() == trained.fingerprint()
+    assert not (tmp_path / "training.pt").exists()
+
+
 def test_a_damaged_checkpoint_is_trained_anew(folder, tmp_path, capsys):
     train(folder, tmp_path)
     checkpoint = tmp_path / "checkpoint.pt"
