@@ -138,12 +138,20 @@ def require_stack(name: str) -> dict[str, str]:
 def sample_images(folder: str | Path | None = None, limit: int = 10) -> list[Path]:
     """At most `limit` images of a folder and its sub-folders, spread evenly, always the same.
 
-    `None` stands for the digits' test images, of which this gives one a class.
+    A relative path is meant from the repository's root. `None` stands for the test images of the
+    data that notebook 01's model was made of, which gives one of each of the digits; for a model
+    without data, for two photographs out of scikit-learn.
     """
-    from training.trace import find_images  # imports torch, which not every notebook needs
+    # These import torch, which not every notebook needs.
+    from training.data import write_photographs
+    from training.model import TrainedModel
+    from training.trace import find_images
 
-    chosen = Path(folder) if folder else require(BUILD / "data" / "digits" / "test", "01_train")
-    return find_images(chosen, limit)
+    if folder:
+        return find_images(ROOT / Path(folder).expanduser(), limit)
+    checkpoint = require(BUILD / "model" / "checkpoint.pt", "01_train")
+    data = TrainedModel.load(checkpoint).data_folder
+    return find_images(data / "test" if data else write_photographs(), limit)
 
 
 def share_image(path: Path, bucket: str) -> str:

@@ -3,12 +3,16 @@
     python -m local.walkthrough              against an embedded AWS of its own
     python -m local.walkthrough --target aws against the AWS account of the environment
     python -m local.walkthrough --refresh    and store the outputs in notebooks/ (for maintainers)
+    python -m local.walkthrough -p MODEL_SOURCE pretrained -p ARCHITECTURE resnet50
+                                             with other values in the notebooks' parameters
 
 Executed notebooks are kept in build/run/. The last line printed is what the endpoint answered.
 """
 
 import argparse
+import ast
 import contextlib
+import difflib
 import functools
 import json
 import os
@@ -28,7 +32,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from traitlets.config import Config
 
 from local import aws, navigation
-from local.cli import run, shown
+from local.cli import UserError, run, shown
 from local.paths import BUILD, ROOT
 from local.processes import die_with_parent, lock
 
@@ -100,7 +104,7 @@ class Engine(NBClientEngine):
         return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
 
 
-def run_notebook(path: Path, output: Path) -> None:
+def run_notebook(path: Path, output: Path, parameters: dict | None = None) -> None:
     """Execute one notebook. Ends the program with its name, the cell and the cause if it fails."""
     notebook = nbformat.read(path, as_version=4)
     title = notebook.cells[0].source.splitlines()[0].lstrip("# ")
@@ -111,6 +115,7 @@ def run_notebook(path: Path, output: Path) -> None:
             papermill.execute_notebook(
                 str(path),
                 str(output),
+                parameters=parameters or {},
                 engine_name="steps",
                 kernel_name="python3",
                 cwd=str(path.parent),
@@ -126,6 +131,44 @@ def run_notebook(path: Path, output: Path) -> None:
         except (RuntimeError, OSError) as error:  # the kernel died or did not start
             failed = steps.name, error
     explain(path, output, *failed)
+
+
+def declared(path: Path) -> set[str]:
+    """The names that a notebook's `parameters` cell assigns to."""
+    return {
+        target.id
+        for cell in nbformat.read(path, as_version=4).cells
+        if "parameters" in cell.metadata.get("tags", [])
+        for statement in ast.parse(cell.source).body
+        if isinstance(statement, ast.Assign)
+        for target in statement.targets
+    }
+
+
+def assign(parameters: dict, notebooks: list[Path]) -> dict[Path, dict]:
+    """For each notebook those of the parameters that it declares.
+
+    Raises:
+        UserError: no notebook declares a parameter of that name.
+    """
+    names = {path: declared(path) for path in notebooks}
+    everywhere = sorted(set().union(*names.values()))
+    for name in parameters:
+        if name not in everywhere:
+            close = difflib.get_close_matches(name, everywhere, n=1, cutoff=0) or everywhere
+            raise UserError(f"no notebook has a parameter {name}; did you mean {close[0]}?")
+    return {
+        path: {name: value for name, value in parameters.items() if name in names[path]}
+        for path in notebooks
+    }
+
+
+def literal(text: str) -> object:
+    """A parameter's value as it would be written in the cell; text that is no literal is itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def explain(path: Path, output: Path, step: str, error: Exception) -> None:
@@ -224,20 +267,33 @@ def main() -> None:
     parser.add_argument(
         "--refresh", action="store_true", help="store the outputs in notebooks/ afterwards"
     )
+    parser.add_argument(
+        "-p",
+        "--parameter",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="for every notebook that has it in its parameters; may be repeated",
+    )
     arguments = parser.parse_args()
+    parameters = {name: literal(value) for name, value in arguments.parameter}
+    notebooks = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    assigned = assign(parameters, notebooks)
+    if parameters and arguments.refresh:
+        raise UserError("--refresh stores the outputs of the default parameters; leave out -p")
     die_with_parent()  # of `make`, too
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if started with `&`
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.default_int_handler)
     papermill_engines.register("steps", Engine)
-    notebooks = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     started = time.monotonic()
     os.environ["IPYTHONDIR"] = str(RUN / "ipython")  # no personal configuration, no history
     with _only_run(), _target(arguments.target):
         for old in (ANSWERS, *RUN.glob("*.ipynb")):
             old.unlink(missing_ok=True)
         for path in notebooks:
-            run_notebook(path, RUN / path.name)
+            run_notebook(path, RUN / path.name, assigned[path])
         if arguments.refresh:
             for path in notebooks:
                 store_outputs(RUN / path.name, path)

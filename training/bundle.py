@@ -17,6 +17,7 @@ from local.atomic import replacing
 from local.cli import UserError, run
 from local.paths import BUILD
 from preprocessing import IMAGENET, Preprocessing
+from training.model import check_classes, read_classes
 from training.trace import load_archive
 
 DIRECTORY = BUILD / "model"
@@ -44,7 +45,7 @@ def create(
     """
     if model_path.suffix not in (".pt", ".pth"):
         raise UserError(f"the model {model_path.name} must be named *.pt or *.pth")
-    _check_names(classes)
+    check_classes(classes)
     _check_outputs(model_path, len(classes), preprocessing or IMAGENET)
     members = {
         model_path.name: model_path.read_bytes(),
@@ -66,30 +67,12 @@ def create(
     return output
 
 
-def read_classes(path: Path) -> list[str]:
-    """The names in a `classes.txt`. Raises UserError if it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the classes cannot be read from {path}: {error}") from error
-
-
 def read_preprocessing(path: Path) -> Preprocessing:
     """The settings in a `preprocessing.json`. Raises UserError if they cannot be read."""
     try:
         return Preprocessing.from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"the preprocessing cannot be read from {path}: {error}") from error
-
-
-def _check_names(classes: Sequence[str]) -> None:
-    if not classes:
-        raise UserError("there are no classes")
-    for number, name in enumerate(classes, start=1):
-        if not name or name != name.strip() or len(name.splitlines()) != 1:
-            raise UserError(f"class {number} is {name!r}: empty, or with line ends or outer spaces")
-        if classes.index(name) != number - 1:
-            raise UserError(f"class {name!r} is there twice")
 
 
 def _check_outputs(model_path: Path, classes: int, preprocessing: Preprocessing) -> None:

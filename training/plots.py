@@ -4,15 +4,18 @@
 Colours are from the palette of Okabe and Ito, which people with colour-blindness can tell apart.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython.display import display
 from matplotlib.figure import Figure
 from PIL import Image
 
-from training.train import Predictions, best_epoch
+from training.evaluate import Predictions, reliability
+from training.fit import best_epoch
 
 BLUE, ORANGE = "#0072B2", "#D55E00"
 
@@ -48,6 +51,44 @@ def curves(history: Sequence[dict]) -> Figure:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
+    return figure
+
+
+def live_curves() -> Callable[[list[dict]], None]:
+    """For `on_epoch`: one picture in the cell's output, drawn anew after each epoch."""
+    # Empty at first: a picture that came later would cut the progress bar in two.
+    handle = display({"text/plain": ""}, raw=True, display_id=True)
+
+    def update(history: Sequence[dict]) -> None:
+        figure = curves(history)
+        if handle:  # None outside a notebook
+            handle.update(figure)
+        plt.close(figure)  # or Jupyter would show it once more
+
+    return update
+
+
+def calibration(predictions: Predictions) -> Figure:
+    """Share of right answers against mean confidence, in bins, with and without the temperature.
+
+    On the diagonal, confidence says how often the model is right. The dots grow with their images.
+    """
+    figure = plt.figure(figsize=(4.2, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="0.7", linestyle=":")
+    for temperature, colour, marker in (
+        (1.0, ORANGE, "s"),
+        (predictions.temperature, BLUE, "o"),
+    ):
+        at = replace(predictions, temperature=temperature)
+        confidence, share, count = zip(*reliability(at.confidence, at.right), strict=True)
+        size = 12 + 120 * np.array(count) / max(count)
+        label = f"temperature {temperature:.2f}"
+        axes.scatter(confidence, share, size, colour, marker, alpha=0.75, label=label)
+    axes.set(xlabel="mean confidence", ylabel="share of right answers")
+    axes.set(xlim=(0, 1.03), ylim=(-0.03, 1.03))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper left")
     return figure
 
 
@@ -89,7 +130,9 @@ def mistakes(predictions: Predictions, limit: int = 12) -> Figure:
     rows = max(1, -(-len(wrong) // columns))
     figure = plt.figure(figsize=(max(3, 1.35 * columns), 1.75 * rows), layout="constrained")
     if not len(wrong):
-        figure.text(0.5, 0.5, "no mistakes", ha="center", va="center")
+        axes = figure.subplots()  # a figure without axes is not shown
+        axes.axis("off")
+        axes.text(0.5, 0.5, "no mistakes", ha="center", va="center")
         return figure
     grid = figure.subplots(rows, columns, squeeze=False).flat
     for axes in grid:

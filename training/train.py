@@ -1,280 +1,270 @@
-"""Train a classifier, load one, or take torchvision's: `python -m training.train --help`.
+"""Get a classifier from wherever it comes: `python -m training.train --help`.
 
-Whatever the source, the result is `checkpoint.pt` with `classes.txt` and `preprocessing.json`
-beside it, and the next steps (trace, bundle) do not ask where it came from.
+Whatever the source, the result is `checkpoint.pt` with `classes.txt`, `preprocessing.json` and
+`MODEL_CARD.md` beside it, and the next steps (trace, bundle) do not ask where it came from.
 """
 
 import argparse
-import copy
 import hashlib
 import json
 import os
 import platform
-import socket
 import time
-import urllib.error
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-import torchvision
-from PIL import Image
-from torch import nn
-from torch.utils.data import DataLoader
-from torchvision.datasets import ImageFolder
-from tqdm import tqdm
 
 import preprocessing as preprocessing_module
 from local.atomic import replacing
 from local.cli import UserError, run, shown
-from local.paths import BUILD
-from preprocessing import Preprocessing
-from training.data import DIGITS, write_digits
-from training.model import (
-    WITHOUT_AUXILIARY,
-    TrainedModel,
-    build,
-    check_architecture,
-    library_versions,
+from local.paths import BUILD, ROOT
+from preprocessing import IMAGENET, Preprocessing
+from training import evaluate, model_card
+from training import fit as fit_module
+from training.checks import Checked, list_images, table
+from training.data import DIGITS, from_folder, from_torchvision, read_images, write_digits
+from training.evaluate import Predictions, assess, predict
+from training.fit import (
+    FINE_TUNING,
+    FROM_SCRATCH,
+    FROM_SCRATCH_ON_PHOTOGRAPHS,
+    Augmentation,
+    Recipe,
+    best_epoch,
+    fit,
+)
+from training.model import TrainedModel, check_architecture, library_versions
+from training.sources import (
+    fine_tunable,
+    from_checkpoint,
+    from_module,
+    from_torchscript,
+    head_of,
+    pretrained,
+    read_preprocessing,
 )
 
-SOURCES = ("digits", "checkpoint", "pretrained")
+__all__ = ["OUTPUT", "SOURCES", "Predictions", "best_epoch", "find_data", "get_model", "predict"]
+
+SOURCES = ("digits", "folder", "dataset", "pretrained", "checkpoint", "torchscript", "module")
+TRAINED = SOURCES[:3]  # here; the others come as they are
 OUTPUT = BUILD / "model"
 # The scans have 8 x 8 pixels; at 32 x 32 a ResNet, which divides a side by 32, keeps one cell.
 SMALL = Preprocessing(32, 32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-BATCH_SIZE = 64
-EPOCHS = 6
-LEARNING_RATE = 1e-3
-WEIGHT_DECAY = 0.05
-NETWORK_TIMEOUT = 30  # seconds without an answer or a byte
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What a model says about every image of a folder; arrays of length N in the folder's order.
-
-    Attributes:
-        paths: the image files.
-        labels, predicted: indices into `classes`.
-        confidence: softmax probability of the predicted class, in 0..1.
-        loss: mean cross-entropy in nats.
-    """
-
-    classes: list[str]
-    paths: list[Path]
-    labels: np.ndarray
-    predicted: np.ndarray
-    confidence: np.ndarray
-    loss: float
-
-    @property
-    def accuracy(self) -> float:
-        return float((self.labels == self.predicted).mean())
 
 
 def get_model(
     source: str = "digits",
     *,
     architecture: str = "resnet18",
-    data: Path | None = None,
-    checkpoint: Path | None = None,
-    epochs: int = EPOCHS,
+    data: str | Path | None = None,
+    weights: str | Path | None = None,
+    model_file: str | Path | None = None,
+    classes_file: str | Path | None = None,
+    preprocessing: Preprocessing | str | dict | None = None,
+    image_size: int | None = None,
+    epochs: int | None = None,
     seed: int = 0,
-    preprocessing: Preprocessing = SMALL,
+    augment: bool | None = None,
+    skip_bad: bool = False,
     output: Path = OUTPUT,
     force: bool = False,
+    on_epoch: Callable[[list[dict]], None] | None = None,
 ) -> TrainedModel:
     """Get a model from `source` and leave it in `output`.
 
+    | source | what it takes |
+    | --- | --- |
+    | digits | nothing; trains from scratch on scikit-learn's digits |
+    | folder | `data`: a folder with one sub-folder of images a class; fine-tunes on it |
+    | dataset | `data`: a data set of torchvision by name; fine-tunes on it |
+    | pretrained | `architecture`, `weights`: torchvision's ImageNet weights |
+    | checkpoint | `model_file`: what this function has saved (default: that in `output`); or a |
+    |            | state_dict of `architecture`, with `classes_file` |
+    | torchscript | `model_file`, `classes_file`, `preprocessing` |
+    | module | `model_file`: "file.py:function"; `weights` (a file), `classes_file`, ... |
+
     Args:
-        source: `digits` trains on `data` (scikit-learn's digits if None); `checkpoint` loads the
-            file `checkpoint` (that of `output` if None); `pretrained` takes torchvision's ImageNet
-            weights, through torchvision's own loader and its cache.
-        data: folder with `train`, `val` and `test`, each with a sub-folder of images a class.
-        preprocessing: used at training, and kept with the model for serving.
+        data: for the sources that do not train: a folder of images with the model's classes, to
+            calibrate and measure it on.
+        weights: what fine-tuning starts from: a name of torchvision's (`DEFAULT` if None), a file,
+            or `random`.
+        preprocessing: `imagenet`, a dict, JSON or a file; if None, what belongs to the source.
+        image_size: side in pixels of what the model sees, in place of the source's own.
+        epochs: at most so many; the recipe's if None.
+        augment: the recipe's if None.
+        skip_bad: leave out images that would be refused.
         force: train even if `output` holds the result of the same configuration, data and code.
+        on_epoch: is handed the history after each epoch, and once if nothing had to be trained.
 
     Raises:
         UserError: an argument, a file or the network is not what it has to be.
     """
+    if source not in SOURCES:
+        raise UserError(f"unknown source {source!r}; it must be one of {', '.join(SOURCES)}")
     saved = output / "checkpoint.pt"
+    preprocessing = read_preprocessing(preprocessing)
     # Building and training draw random numbers; in a fork, the caller keeps his own.
     with torch.random.fork_rng():
-        if source == "digits":
-            trained, reused = _train(architecture, data, epochs, seed, preprocessing, saved, force)
-        elif source == "checkpoint":
-            trained = TrainedModel.load(checkpoint or saved)
-            reused = checkpoint in (None, saved)
-        elif source == "pretrained":
-            trained, reused = pretrained(architecture), False
+        if source in TRAINED:
+            trained, reused = _train(
+                source,
+                find_data(source, data, skip_bad),
+                architecture,
+                str(weights or ("random" if source == "digits" else "DEFAULT")),
+                _recipe(source, weights, epochs, augment),
+                seed,
+                preprocessing,
+                image_size,
+                saved,
+                force,
+                on_epoch,
+            )
         else:
-            raise UserError(f"unknown source {source!r}; it must be one of {', '.join(SOURCES)}")
+            wanted = sized(preprocessing or IMAGENET, image_size)
+            trained = _load(
+                source, architecture, weights, model_file or saved, classes_file, wanted
+            )
+            if preprocessing or image_size:
+                trained.preprocessing = sized(preprocessing or trained.preprocessing, image_size)
+            if folder := find_data(source, data, skip_bad):
+                trained.configuration["data_folder"] = _relative(folder)
+                assess(trained, folder)
+            reused = False
     _write(output / "classes.txt", "".join(f"{name}\n" for name in trained.classes))
     _write(output / "preprocessing.json", trained.preprocessing.to_json())
+    _write(output / "MODEL_CARD.md", model_card.write(trained))
     if not reused:
         trained.save(saved)
+    (output / "training.pt").unlink(missing_ok=True)
     return trained
 
 
-def pretrained(architecture: str = "resnet18") -> TrainedModel:
-    """torchvision's default ImageNet weights, from the cache below TORCH_HOME or the network.
+def find_data(source: str, data: str | Path | None, skip_bad: bool = False) -> Path | None:
+    """The images that belong to a source, as a folder with train, val and test; checked and split.
 
-    Raises:
-        UserError: there are no such weights, they cannot be fetched, or the cached file is damaged.
-    """
-    check_architecture(architecture)
-    weights = torchvision.models.get_model_weights(architecture).DEFAULT
-    options = dict(WITHOUT_AUXILIARY.get(architecture, {}))
-    cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(NETWORK_TIMEOUT)  # torchvision's loader would wait without end
-    try:
-        model = torchvision.models.get_model(architecture, weights=weights, **options)
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        raise UserError(
-            f"the weights {weights.url} could not be fetched ({getattr(error, 'reason', error)}); "
-            f"connect to the network, or put that file at {cached}, where it is looked for first"
-        ) from error
-    except Exception as error:  # a damaged file fails in many ways, all of which mean this
-        raise UserError(
-            f"the weights in {cached} do not fit {architecture}; remove the file to fetch it again"
-        ) from error
-    finally:
-        socket.setdefaulttimeout(timeout)
-    if architecture in WITHOUT_AUXILIARY:
-        options["transform_input"] = True  # what the builder sets for these weights
-    return TrainedModel(
-        architecture=architecture,
-        options=options,
-        classes=list(weights.meta["categories"]),
-        preprocessing=_preprocessing_of(weights.transforms()),
-        model=model.eval(),
-        configuration={"source": "pretrained", "weights": str(weights)},
-    )
-
-
-def predict(trained: TrainedModel, folder: Path) -> Predictions:
-    """Classify every image of `folder`, which has one sub-folder a class.
-
-    Raises:
-        UserError: the folder's classes are not the model's, or an image cannot be read.
-    """
-    images = _images(folder, trained.preprocessing)
-    if images.classes != trained.classes:
-        raise UserError(f"the classes in {folder} are not those that the model was trained on")
-    logits = _logits(trained.model, images, torch.device("cpu"))
-    confidence, predicted = logits.softmax(1).max(1)
-    labels = torch.tensor(images.targets)
-    return Predictions(
-        classes=trained.classes,
-        paths=[Path(path) for path, _ in images.samples],
-        labels=labels.numpy(),
-        predicted=predicted.numpy(),
-        confidence=confidence.numpy(),
-        loss=nn.functional.cross_entropy(logits, labels).item(),
-    )
-
-
-def fit(
-    model: nn.Module,
-    train: ImageFolder,
-    val: ImageFolder,
-    *,
-    epochs: int,
-    seed: int,
-    device: torch.device,
-) -> list[dict]:
-    """Train `model` in place and leave it with the weights of its best epoch on `val`.
-
-    AdamW with a one-cycle schedule (Smith and Topin, arXiv:1708.07120). The same seed, machine and
-    number of threads give the same weights.
+    Args:
+        source, data, skip_bad: as for `get_model`.
 
     Returns:
-        One dict an epoch, as in `TrainedModel.history`.
+        The folder; None for a model from elsewhere without `data`.
+
+    Raises:
+        UserError: the images are missing or not usable.
     """
-    model.to(device)
-    shuffle = torch.Generator().manual_seed(seed)
-    # A last batch of one image cannot be normalised (batch norm), so an incomplete one is left out.
-    size = min(BATCH_SIZE, len(train))
-    loader = DataLoader(train, size, shuffle=True, drop_last=True, generator=shuffle)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, total_steps=epochs * len(loader)
-    )
-    history, best = [], None
-    with tqdm(total=epochs * len(loader), unit="batch", desc="training") as bar:
-        for epoch in range(1, epochs + 1):
-            model.train()
-            total_loss = right = seen = 0
-            for images, labels in loader:
-                images, labels = images.to(device), labels.to(device)
-                logits = model(images)
-                loss = nn.functional.cross_entropy(logits, labels)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                seen += len(labels)
-                total_loss += loss.item() * len(labels)
-                right += (logits.argmax(1) == labels).sum().item()
-                bar.update()
-                bar.set_postfix(epoch=f"{epoch}/{epochs}", loss=total_loss / seen, acc=right / seen)
-            logits = _logits(model, val, device)
-            labels = torch.tensor(val.targets)
-            history.append(
-                {
-                    "epoch": epoch,
-                    "train_loss": total_loss / seen,
-                    "train_accuracy": right / seen,
-                    "val_loss": nn.functional.cross_entropy(logits, labels).item(),
-                    "val_accuracy": (logits.argmax(1) == labels).double().mean().item(),
-                }
-            )
-            if best is None or _rank(history[-1]) > _rank(history[best[0]]):
-                best = epoch - 1, copy.deepcopy(model.state_dict())
-    model.load_state_dict(best[1])
-    return history
+    if source == "digits":
+        parts, notes = list_images(write_digits(DIGITS))
+        print(table(Checked(parts, notes)))
+        return DIGITS
+    if not data and source in TRAINED:
+        example = "a folder" if source == "folder" else "a name such as oxford_iiit_pet"
+        raise UserError(f"the source {source} needs the data to learn from: {example}")
+    if not data:
+        return None
+    parts = [Path(data, part) for part in ("train", "val", "test")]
+    if Path(data).parent == BUILD / "data" and all(part.is_dir() for part in parts):
+        return Path(data)  # what this function has returned before
+    if source == "dataset":
+        return from_torchvision(str(data))
+    return from_folder(Path(data).expanduser(), skip_bad)
 
 
-def best_epoch(history: list[dict]) -> int:
-    """The epoch of highest accuracy on the validation split, of lowest loss where several tie."""
-    return max(history, key=_rank)["epoch"]
+def sized(preprocessing: Preprocessing, size: int | None) -> Preprocessing:
+    """The same for another input size; the margin that is cut off keeps its share.
+
+    Raises:
+        UserError: the size is out of bounds.
+    """
+    if size is None:
+        return preprocessing
+    try:
+        resize = round(size * preprocessing.resize / preprocessing.crop)
+        return replace(preprocessing, resize=resize, crop=size)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the image size {size!r} cannot be used: {error}") from error
 
 
-def _rank(entry: dict) -> tuple[float, float]:
-    return entry["val_accuracy"], -entry["val_loss"]
+def _recipe(
+    source: str, weights: str | Path | None, epochs: int | None, augment: bool | None
+) -> Recipe:
+    recipe = FROM_SCRATCH if source == "digits" else FINE_TUNING
+    if source != "digits" and str(weights) == "random":
+        recipe = FROM_SCRATCH_ON_PHOTOGRAPHS
+    if epochs is not None:
+        if type(epochs) is not int or epochs < 1:
+            raise UserError(f"epochs must be a whole number, at least 1, not {epochs!r}")
+        # A short training keeps at least as many epochs for all layers.
+        recipe = replace(
+            recipe, epochs=epochs, frozen_epochs=min(recipe.frozen_epochs, epochs // 2)
+        )
+    return recipe if augment is None else replace(recipe, augment=augment)
+
+
+def _load(
+    source: str,
+    architecture: str,
+    weights: str | Path | None,
+    model_file: str | Path,
+    classes_file: str | Path | None,
+    preprocessing: Preprocessing,
+) -> TrainedModel:
+    if source == "pretrained":
+        return pretrained(architecture, str(weights or "DEFAULT"))
+    classes = Path(classes_file).expanduser() if classes_file else None
+    if source == "checkpoint":
+        return from_checkpoint(Path(model_file).expanduser(), architecture, classes)
+    if classes is None:
+        raise UserError(
+            f"the source {source} needs a file with the names of the classes, one a line, in the "
+            "order of the model's outputs"
+        )
+    if source == "torchscript":
+        return from_torchscript(Path(model_file).expanduser(), classes, preprocessing)
+    file = Path(weights).expanduser() if weights else None
+    return from_module(str(model_file), file, classes, preprocessing)
 
 
 def _train(
+    source: str,
+    data: Path,
     architecture: str,
-    data: Path | None,
-    epochs: int,
+    weights: str,
+    recipe: Recipe,
     seed: int,
-    preprocessing: Preprocessing,
+    preprocessing: Preprocessing | None,
+    image_size: int | None,
     saved: Path,
     force: bool,
+    on_epoch: Callable[[list[dict]], None] | None,
 ) -> tuple[TrainedModel, bool]:
     """Train, or take the model in `saved` if it came of the same; the bool says which (reused)."""
     check_architecture(architecture)
-    if epochs < 1:
-        raise UserError("epochs must be at least 1")
-    data = write_digits(DIGITS) if data is None else data
-    splits = {name: _images(data / name, preprocessing) for name in ("train", "val", "test")}
-    classes = splits["train"].classes
-    for name, images in splits.items():
-        if images.classes != classes:
-            raise UserError(f"{data / name} has other classes than {data / 'train'}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    classes = sorted(path.name for path in (data / "train").iterdir())
+    torch.manual_seed(seed)
+    model, options, own = fine_tunable(architecture, classes, weights)
+    default = SMALL if source == "digits" else own or IMAGENET
+    preprocessing = sized(preprocessing or default, image_size)
+    plain = {part: read_images(data / part, preprocessing) for part in ("train", "val", "test")}
     configuration = {
-        "source": "digits" if data == DIGITS else "folder",
+        "source": source,
         "architecture": architecture,
-        "epochs": epochs,
+        "weights": weights,
+        "weights_sha256": _hash_files(Path(), [weights]) if Path(weights).is_file() else None,
+        "recipe": asdict(recipe),
         "seed": seed,
         "preprocessing": preprocessing.to_json(),
+        "data_folder": _relative(data),
         "data": _hash_files(
-            data, [path for images in splits.values() for path, _ in images.samples]
+            data, [path for images in plain.values() for path, _ in images.samples]
         ),
-        "code": _hash_files(Path(), [__file__, preprocessing_module.__file__]),
+        "images": {part: len(images) for part, images in plain.items()},
+        "code": _hash_files(
+            Path(),
+            [__file__, fit_module.__file__, evaluate.__file__, preprocessing_module.__file__],
+        ),
         **library_versions(),
     }
     if saved.exists() and not force:
@@ -285,14 +275,31 @@ def _train(
         else:
             if earlier.configuration == configuration:
                 print(f"{shown(saved)} is of the same configuration, data and code: reused")
+                if on_epoch:
+                    on_epoch(earlier.history)
                 return earlier, True
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    options = WITHOUT_AUXILIARY.get(architecture, {})
+    images = plain["train"]
+    if recipe.augment:
+        images = read_images(data / "train", Augmentation(preprocessing))
+    progress = saved.with_name("training.pt")
+    if force:
+        progress.unlink(missing_ok=True)
     started = time.monotonic()
-    torch.manual_seed(seed)
-    model = build(architecture, len(classes), options)
-    history = fit(model, splits["train"], splits["val"], epochs=epochs, seed=seed, device=device)
+    head = head_of(architecture, len(classes)) if weights != "random" else frozenset()
+    key = json.dumps([configuration, device.type, torch.get_num_threads()])
+    history = fit(
+        model,
+        images,
+        plain["val"],
+        recipe,
+        seed=seed,
+        device=device,
+        head=head,
+        progress=progress,
+        key=hashlib.sha256(key.encode()).hexdigest(),
+        on_epoch=on_epoch,
+    )
     seconds = time.monotonic() - started
     trained = TrainedModel(
         architecture=architecture,
@@ -301,18 +308,17 @@ def _train(
         preprocessing=preprocessing,
         model=model.cpu().eval(),
         history=history,
+        metrics={"best_epoch": best_epoch(history), "seconds": round(seconds, 1)},
         configuration=configuration,
         versions=library_versions() | {"python": platform.python_version(), "device": device.type},
     )
-    test = predict(trained, data / "test")
-    trained.metrics = {
-        "best_epoch": best_epoch(history),
-        "test_accuracy": test.accuracy,
-        "test_loss": test.loss,
-        "test_images": len(test.labels),
-        "seconds": round(seconds, 1),
-    }
+    assess(trained, data)
     return trained, False
+
+
+def _relative(folder: Path) -> str:
+    """Relative to the repository if it is inside: a checkpoint may travel to another machine."""
+    return str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder)
 
 
 def _write(path: Path, text: str) -> None:
@@ -320,76 +326,68 @@ def _write(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def _images(folder: Path, preprocessing: Preprocessing) -> ImageFolder:
-    def load(path: str) -> Image.Image:
-        try:
-            with Image.open(path) as image:
-                image.load()
-                return image
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"{path} cannot be read as an image") from error
-
-    try:
-        return ImageFolder(
-            folder, transform=lambda image: torch.from_numpy(preprocessing(image)), loader=load
-        )
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{folder} must have a sub-folder of images for each class") from error
-
-
-@torch.inference_mode()
-def _logits(model: nn.Module, images: ImageFolder, device: torch.device) -> torch.Tensor:
-    model.eval()
-    return torch.cat([model(batch.to(device)).cpu() for batch, _ in DataLoader(images, 128)])
-
-
-def _preprocessing_of(transforms: nn.Module) -> Preprocessing:
-    """The settings of torchvision's ImageClassification preset."""
-    return Preprocessing(
-        resize=transforms.resize_size[0],
-        crop=transforms.crop_size[0],
-        mean=tuple(transforms.mean),
-        std=tuple(transforms.std),
-        interpolation=transforms.interpolation.value,
-    )
-
-
 def _hash_files(root: Path, paths: list[str | Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         name = os.path.relpath(path, root) if root != Path() else Path(path).name
-        digest.update(name.encode() + b"\0" + hashlib.sha256(Path(path).read_bytes()).digest())
+        digest.update(os.fsencode(name) + b"\0" + hashlib.sha256(Path(path).read_bytes()).digest())
     return digest.hexdigest()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m training.train", description=__doc__.split("\n")[0]
+        prog="python -m training.train",
+        description="Get a classifier: train one, fine-tune one, or take one from elsewhere.",
+        epilog="docs/models.md shows each source with an example.",
     )
     parser.add_argument("--source", choices=SOURCES, default="digits", help="default: %(default)s")
     parser.add_argument("--architecture", default="resnet18", help="torchvision's name for it")
     parser.add_argument(
-        "--data", type=Path, help="folder with train, val and test (default: digits)"
+        "--data",
+        help="folder of images, one sub-folder a class; for `dataset` a name in torchvision; for "
+        "a model from elsewhere: images to calibrate and measure it on",
     )
-    parser.add_argument("--checkpoint", type=Path, help="file for --source checkpoint")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help="default: %(default)s")
+    parser.add_argument(
+        "--weights",
+        help="name in torchvision, such as IMAGENET1K_V2, file, or `random` (default: digits "
+        "from random ones, the others from torchvision's best)",
+    )
+    parser.add_argument(
+        "--model", help="file for checkpoint and torchscript, file.py:function for module"
+    )
+    parser.add_argument("--classes", type=Path, help="the names, one a line, in the outputs' order")
+    parser.add_argument(
+        "--preprocessing", help="imagenet, JSON, or a JSON file (default: the source's)"
+    )
+    parser.add_argument("--image-size", type=int, help="pixels (default: the source's)")
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        help="at most; default: digits 6, fine-tuning 12, photographs from scratch 30",
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--image-size", type=int, default=SMALL.crop, help="default: %(default)s")
+    parser.add_argument(
+        "--augment",
+        action=argparse.BooleanOptionalAction,
+        help="vary the images; the default for photographs, not for digits",
+    )
+    parser.add_argument("--skip-bad", action="store_true", help="leave out bad images, and say so")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="default: %(default)s")
     parser.add_argument("--force", action="store_true", help="train even if nothing has changed")
     args = parser.parse_args()
-    try:
-        preprocessing = Preprocessing(args.image_size, args.image_size, SMALL.mean, SMALL.std)
-    except ValueError as error:
-        raise UserError(f"--image-size: {error}") from error
     trained = get_model(
         args.source,
         architecture=args.architecture,
         data=args.data,
-        checkpoint=args.checkpoint,
+        weights=args.weights,
+        model_file=args.model,
+        classes_file=args.classes,
+        preprocessing=args.preprocessing,
+        image_size=args.image_size,
         epochs=args.epochs,
         seed=args.seed,
-        preprocessing=preprocessing,
+        augment=args.augment,
+        skip_bad=args.skip_bad,
         output=args.output,
         force=args.force,
     )
@@ -397,7 +395,7 @@ def main() -> None:
         f"{args.output / 'checkpoint.pt'}: {trained.architecture}, {len(trained.classes)} classes"
     )
     if trained.metrics:
-        print(json.dumps(trained.metrics))
+        print(json.dumps({k: v for k, v in trained.metrics.items() if k != "per_class"}))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from local import walkthrough
+from local.cli import UserError
+from local.paths import ROOT
 
 
 @pytest.fixture
@@ -69,3 +71,40 @@ def test_stored_outputs_carry_nothing_of_the_run(run, tmp_path):
     text = target.read_text()
     assert "42" in text
     assert "papermill" not in text
+
+
+def test_parameters_reach_the_notebooks_that_declare_them(tmp_path):
+    for name, source in (("01_a", "X = 1\nIMAGES = None"), ("02_b", "IMAGES = None")):
+        cell = new_code_cell(source, metadata={"tags": ["parameters"]})
+        nbformat.write(new_notebook(cells=[cell]), tmp_path / f"{name}.ipynb")
+    first, second = sorted(tmp_path.glob("*.ipynb"))
+    assert walkthrough.assign({"X": 2, "IMAGES": "pics"}, [first, second]) == {
+        first: {"X": 2, "IMAGES": "pics"},
+        second: {"IMAGES": "pics"},
+    }
+    with pytest.raises(UserError, match="IMAGE; did you mean IMAGES"):
+        walkthrough.assign({"IMAGE": 1}, [first, second])
+
+
+def test_the_series_declares_what_the_documentation_promises():
+    notebooks = {path.name[:2]: path for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert {"MODEL_SOURCE", "DATA", "MODEL_FILE", "CLASSES_FILE", "PREPROCESSING"} <= (
+        walkthrough.declared(notebooks["01"])
+    )
+    assert all("IMAGES" in walkthrough.declared(notebooks[n]) for n in ("02", "04", "07", "09"))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3", 3),
+        ("None", None),
+        ("True", True),
+        ("resnet50", "resnet50"),
+        ("/a/b.pt", "/a/b.pt"),
+        ("{'crop': 32}", {"crop": 32}),
+        ("file.py:make", "file.py:make"),
+    ],
+)
+def test_values_are_read_as_in_a_cell(text, value):
+    assert walkthrough.literal(text) == value
