@@ -45,7 +45,6 @@ import unzip_requirements
 marks.append(("unpack", now()))
 import io, os, resource
 import boto3
-import requests
 import numpy as np
 from PIL import Image
 marks.append(("other imports", now()))

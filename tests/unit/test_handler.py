@@ -12,6 +12,7 @@ from conftest import Context, png
 import app
 import fetch
 import images
+import loading
 import model
 
 
@@ -21,7 +22,7 @@ def ready(members, monkeypatch):
     from conftest import archive
 
     loaded = model.Model.from_archive(io.BytesIO(archive(members)), "test bundle")
-    monkeypatch.setattr(app, "get_model", lambda: loaded)
+    monkeypatch.setattr(loading, "environment", loading.Environment(model=loaded))
 
 
 def call(body, **event):
