@@ -14,7 +14,8 @@ from errors import RequestError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 50_000_000
-MAX_SCANS = 100  # of a JPEG; a usual progressive one has 10, and 10 MB have room for 300,000
+MAX_WEBP_PIXELS = 25_000_000  # its decoder holds four copies beside the image
+MAX_SCANS = 50  # of a JPEG; a usual progressive one has 10, and 10 MB have room for 300,000
 
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # load_image asks itself
@@ -28,27 +29,28 @@ def load_image(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
-        raise _too_large() from None
+        raise _too_large(MAX_PIXELS) from None
     except Image.UnidentifiedImageError:
         sentence = "This is no JPEG, PNG, WebP, GIF or BMP image."
         raise RequestError(415, "not_an_image", sentence) from None
     except Exception as error:  # Pillow reports damage in many ways
         raise _broken(error) from None
-    if image.width * image.height > MAX_PIXELS:
-        raise _too_large()
+    limit = MAX_WEBP_PIXELS if image.format == "WEBP" else MAX_PIXELS
+    if image.width * image.height > limit:
+        raise _too_large(limit)
     if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS:
         raise RequestError(413, "too_large", f"The image has more than {MAX_SCANS} scans.")
     try:
         image.load()
     except Image.DecompressionBombError:
-        raise _too_large() from None
+        raise _too_large(MAX_PIXELS) from None
     except Exception as error:
         raise _broken(error) from None
     return image
 
 
-def _too_large() -> RequestError:
-    return RequestError(413, "too_large", f"The image has more than {MAX_PIXELS:,} pixels.")
+def _too_large(limit: int) -> RequestError:
+    return RequestError(413, "too_large", f"The image has more than {limit:,} pixels.")
 
 
 def _broken(error: Exception) -> RequestError:

@@ -6,7 +6,6 @@ It needs Pillow and numpy only: torchvision stays out of the Lambda layer.
 """
 
 import json
-import struct
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
@@ -16,6 +15,7 @@ from PIL import Image
 MAX_SIZE = 2048
 # 80 MB. Scaling the short side of 1 x 60,000 pixels to 256 would take 16 GB.
 MAX_SCALED_PIXELS = 20_000_000
+STRIP = 1_000_000  # pixels that are converted at a time
 GREY_8_BIT = ((np.arange(65536) + 128) // 257).astype(np.uint8)  # 65,535 to 255, rounded
 
 ORIENTATION_TAG = 0x0112
@@ -137,10 +137,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
     upright = UPRIGHT.get(_orientation(image))
     if upright is not None:
         image = image.transpose(upright)
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    rgb = Image.new("RGB", image.size)
+    rows = max(1, STRIP // image.width)
+    for top in range(0, image.height, rows):  # so that no third copy of the whole is needed
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        rgb.paste(_strip_to_rgb(strip), (0, top))
+    return rgb
+
+
+def _strip_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
-        grey = np.asarray(image)
-        if image.mode == "I":
-            grey = grey.clip(0, 65535)
+        grey = np.asarray(image).clip(0, 65535)
         return Image.fromarray(GREY_8_BIT[grey]).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -158,8 +167,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _orientation(image: Image.Image) -> int | None:
     try:
         return image.getexif().get(ORIENTATION_TAG)
-    except (OSError, SyntaxError, ValueError, struct.error):
-        return None  # damaged metadata; the pixels may well be intact
+    except Exception:  # damaged metadata, in many ways; the pixels may well be intact
+        return None
 
 
 def _moderate(value: object) -> bool:
