@@ -51,8 +51,8 @@ def lambda_handler(event: dict, context: object) -> dict:
         status, failure = 200, None
     except RequestError as error:
         failure = error
-    except ModelError as error:  # get_model has logged what is wrong
-        failure = RequestError(503, error.code, "The model is not available.")
+    except ModelError as error:
+        failure = RequestError(503, error.code, "The model is not available.", str(error))
     except Exception:
         logger.exception("unexpected error", extra={"fields": {"request_id": request_id}})
         failure = RequestError(500, "internal_error", "The request could not be processed.")

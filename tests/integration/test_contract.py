@@ -151,7 +151,7 @@ def test_the_endpoint_keeps_to_the_document(aws, stack, tmp_path):
     command = [
         *(sys.executable, "-m", "schemathesis.cli", "run", str(ROOT / "openapi.yaml")),
         *("--url", endpoint.removesuffix("/invocations")),
-        *("--phases", "examples,coverage,fuzzing", "--max-examples", "60", "--seed", "1"),
+        *("--phases", "examples,coverage,fuzzing", "--max-examples", "150", "--seed", "1"),
         *("--checks", "not_a_server_error,status_code_conformance,content_type_conformance"),
         *("--checks", "response_schema_conformance"),
         *("--request-timeout", "60", "--workers", "2", "--generation-database", "none"),
