@@ -15,7 +15,7 @@ from errors import RequestError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 50_000_000
 MAX_WEBP_PIXELS = 25_000_000  # its decoder holds four copies beside the image
-MAX_SCANS = 50  # of a JPEG; a usual progressive one has 10, and 10 MB have room for 300,000
+MAX_SCANS = 30  # of a JPEG; a usual progressive one has 10, and 10 MB have room for 300,000
 
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # load_image asks itself
