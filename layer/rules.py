@@ -75,6 +75,8 @@ PRUNE = [
     ("numpy/_core/lib/*", "static libraries"),
     ("numpy/random/lib/*", "static libraries"),
     ("numpy/random/_examples/*", "examples"),
+    ("PIL/_avif.*", "AVIF, of which no model is fed; Pillow says that it cannot read it"),
+    ("pillow.libs/libavif-*", "AVIF"),
     ("sympy/*/tests/*", "tests"),
     ("sympy/*/benchmarks/*", "tests"),
     ("sympy/physics/*", "not a part of algebra"),

@@ -13,6 +13,7 @@ layer = sys.argv[1]
 sys.path.insert(0, layer)
 
 import unzip_requirements  # noqa: E402, F401, I001, RUF100  # before torch
+import certifi  # noqa: E402
 import numpy as np  # noqa: E402
 import requests  # noqa: E402
 import torch  # noqa: E402
@@ -44,6 +45,8 @@ def main() -> None:
         if not torch.allclose(expected, actual, atol=1e-5):
             raise SystemExit(f"the traced model answers {actual}, the eager one {expected}")
     requests.Session().close()
+    if not os.path.isfile(certifi.where()):
+        raise SystemExit("the certificate authorities of certifi are missing")
 
     sources = []
     for module in list(sys.modules.values()):

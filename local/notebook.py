@@ -181,3 +181,13 @@ def reachable(url: str) -> str:
         return url
     api = host.split(".")[0]
     return f"{embedded.rstrip('/')}/_aws/execute-api/{api}{parts.path}"
+
+
+def private_hosts() -> str:
+    """`host:port` of the AWS that is called, if it is on this machine; empty for a real one.
+
+    The deployed function fetches images from public servers only. The embedded AWS, whose S3 has
+    the sample images, is on 127.0.0.1: the one exception that the function has to be told.
+    """
+    endpoint = urlsplit(os.environ.get("AWS_ENDPOINT_URL", ""))
+    return endpoint.netloc if endpoint.hostname in ("127.0.0.1", "localhost") else ""

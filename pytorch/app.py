@@ -1,9 +1,11 @@
-"""The Lambda function behind POST /invocations: an image's address in, its class out.
+"""The Lambda function: images in, classes out. openapi.yaml is its contract.
 
-    {"url": "https://…/dog.jpg"}   →   {"class": "english_cocker_spaniel", "confidence": 0.99}
+    POST /invocations   {"url": "https://…/dog.jpg"}  →  {"class": "…", "confidence": 0.99}
+    GET  /health        →  {"status": "ready", "model": …}
 
-Environment: MODEL_BUCKET and MODEL_KEY name the bundle made by notebook 03. torch, numpy, Pillow
-and requests come from the Lambda layer (layer/), boto3 from the Lambda runtime.
+Environment: MODEL_BUCKET and MODEL_KEY name the bundle made by notebook 03; MODEL_SHA256,
+ALLOWED_HOSTS, ALLOW_PRIVATE_HOSTS, IMAGE_BUCKET and LOG_LEVEL are described in template.yaml.
+torch, numpy and Pillow come from the Lambda layer (layer/), boto3 from the Lambda runtime.
 """
 
 try:
@@ -11,89 +13,137 @@ try:
 except ImportError:  # no layer: the packages are installed
     pass
 
-import base64
-import functools
+import contextlib
+import itertools
 import json
-import logging
 import os
 import time
 
+import numpy as np
+
 from errors import ModelError, RequestError
-from fetch import fetch
+from events import Request, parse
+from fetch import fetch_all
 from images import load_image
+from loading import get_model
 from model import Model
+from telemetry import Timings, configure, logger, metrics
 
-logger = logging.getLogger("app")
-logger.setLevel(os.environ.get("LOG_LEVEL", "INFO"))
-if not logging.getLogger().handlers:  # Lambda's runtime brings a handler of its own
-    logging.basicConfig(format="%(levelname)s %(message)s")
+ANSWER_WITHIN = 25.0  # seconds; API Gateway gives up after 29
+FETCH_SHARE = 0.8  # of that time; the rest is for decoding and the model
 
+requests = itertools.count()  # of this execution environment
 
-@functools.cache
-def get_model() -> Model:
-    """The model of this execution environment. A load that failed is tried again next time."""
-    started = time.perf_counter()
-    model = Model.from_s3(os.environ.get("MODEL_BUCKET"), os.environ.get("MODEL_KEY"))
-    logger.info("model loaded in %.0f ms: %s", _ms_since(started), model)
-    return model
+configure()
 
 
 def lambda_handler(event: dict, context: object) -> dict:
-    """Classify the image that the body of an API Gateway (REST) event points to.
+    """Answer one event of a REST API, an HTTP API, a Function URL or a direct invocation.
 
-    Returns a proxy response: 200 with class and confidence, else a status and a sentence.
+    Returns a proxy response. Every mistake ends here, as a status, a code and a sentence.
     """
+    request_id = getattr(context, "aws_request_id", None)
+    log = {"request_id": request_id, "cold_start": int(next(requests) == 0)}
+    timings = Timings()
     try:
-        return respond(200, classify(parse(event)))
+        with timings.of("latency_ms"):
+            body = answer(event, context, timings)
+        status, failure = 200, None
     except RequestError as error:
         failure = error
-        logger.info("%d %s: %s", error.status, error.code, error)
     except ModelError as error:
-        failure = RequestError(503, "model_unavailable", "The model could not be loaded.")
-        logger.error("no model: %s", error)
+        failure = RequestError(503, error.code, "The model is not available.", str(error))
     except Exception:
+        logger.exception("unexpected error", extra={"fields": {"request_id": request_id}})
         failure = RequestError(500, "internal_error", "The request could not be processed.")
-        logger.exception("unexpected error")
-    request_id = getattr(context, "aws_request_id", None)
-    body = {"code": failure.code, "message": str(failure), "request_id": request_id}
-    return respond(failure.status, {"error": body})
+    if failure:
+        status, body = failure.status, {"error": described(failure)}
+        body["error"]["request_id"] = request_id
+        log |= {"error": failure.code, **({"detail": failure.detail} if failure.detail else {})}
+    log |= {"status": status, **timings}
+    logger.info("request", extra={"fields": log | metrics(log)})
+    return respond(status, body)
 
 
-def parse(event: dict) -> str:
-    """The image address in the event's JSON body. Raises RequestError(400) if there is none."""
-    body = event.get("body") if isinstance(event, dict) else None
-    if not body:
-        raise RequestError(400, "no_body", 'The request has no body; send {"url": "…"}.')
-    try:
-        if event.get("isBase64Encoded"):
-            body = base64.b64decode(body, validate=True)
-        request = json.loads(body)
-    except (TypeError, ValueError, RecursionError):
-        raise RequestError(400, "bad_json", "The body is not valid JSON.") from None
-    url = request.get("url") if isinstance(request, dict) else None
-    if not isinstance(url, str) or not url:
-        raise RequestError(400, "no_url", 'The body must be a JSON object like {"url": "…"}.')
-    return url
-
-
-def classify(url: str) -> dict:
-    """The class of the image at `url` and the model's confidence in it, from 0 to 1."""
-    started = time.perf_counter()
-    image = load_image(fetch(url))
-    fetch_ms = _ms_since(started)
+def answer(event: dict, context: object, timings: Timings) -> dict:
+    """The body for an event. Raises RequestError and ModelError."""
+    deadline = time.monotonic() + seconds_for(context)
+    request = parse(event)
     model = get_model()
-    started = time.perf_counter()
-    probabilities = model.predict([image])[0]
-    best = int(probabilities.argmax())
-    name, confidence = model.classes[best], float(probabilities[best])
-    logger.info(
-        "%s %.3f fetch_ms=%.0f predict_ms=%.0f", name, confidence, fetch_ms, _ms_since(started)
-    )
-    return {"class": name, "confidence": confidence}
+    return health(model) if request.health else predict(request, model, deadline, timings)
+
+
+def predict(request: Request, model: Model, deadline: float, timings: Timings) -> dict:
+    """Class and confidence of the images of a request, which go through the model as one batch.
+
+    A client that sent a list gets a list, in which each image has its own answer or error.
+    """
+    fetch_until = deadline - (1 - FETCH_SHARE) * (deadline - time.monotonic())
+    with timings.of("fetch_ms"):
+        fetched = fetch_all(request.sources, fetch_until)
+    answers, inputs = [], []
+    while fetched:  # the bytes and pixels of one image are gone before the next one's are made
+        try:
+            inputs.append(prepare(fetched.pop(0), model, deadline, timings))
+            answers.append(None)
+        except RequestError as error:
+            if not request.batch:
+                raise
+            answers.append({"error": described(error)})
+    if inputs:
+        with timings.of("predict_ms"):
+            rows = iter(model.predict_batch(np.stack(inputs)))
+        answers = [given or classified(next(rows), model, request.top_k) for given in answers]
+    return {"predictions": answers} if request.batch else answers[0]
+
+
+def prepare(
+    content: bytes | RequestError, model: Model, deadline: float, timings: Timings
+) -> np.ndarray:
+    """The model's input for one fetched image. Raises RequestError."""
+    if isinstance(content, RequestError):
+        raise content
+    if time.monotonic() > deadline:
+        raise RequestError(504, "too_slow", "The request took too long.")
+    with timings.of("decode_ms"):
+        image = load_image(content)
+    try:
+        with timings.of("preprocess_ms"):
+            return model.preprocessing(image)
+    except ValueError as error:
+        raise RequestError(422, "unusable_image", f"Not usable: {error}.") from None
+
+
+def classified(row: np.ndarray, model: Model, top_k: int | None) -> dict:
+    """The best class of one row of probabilities; with `top_k` also as many of the best."""
+    if not np.isfinite(row).all():
+        raise ModelError("model_failed", "The model's output is not finite.")
+    best = np.argsort(-row, kind="stable")[: top_k or 1]
+    named = [{"class": model.classes[i], "confidence": float(row[i])} for i in best]
+    return named[0] | ({"top_k": named} if top_k else {})
+
+
+def health(model: Model) -> dict:
+    """What serves here; whoever gets this answer knows that the model is loaded."""
+    import torch  # at the top it would come first, and the other imports hide its unpacking
+
+    return {
+        "status": "ready",
+        "model": getattr(model, "name", model.source.rpartition("/")[2]),
+        "version": model.sha256[:16],
+        "sha256": model.sha256,
+        "classes": len(model.classes),
+        "torch": torch.__version__,
+    }
+
+
+def described(error: RequestError) -> dict:
+    """What a client learns of an error: a code for programs, a sentence for people."""
+    return {"code": error.code, "message": str(error)}
 
 
 def respond(status: int, body: dict) -> dict:
-    """An API Gateway proxy response with a JSON body."""
+    """A proxy response with a JSON body, as all kinds of API Gateway take it."""
     return {
         "statusCode": status,
         "headers": {"Content-Type": "application/json"},
@@ -101,12 +151,12 @@ def respond(status: int, body: dict) -> dict:
     }
 
 
-def _ms_since(started: float) -> float:
-    return (time.perf_counter() - started) * 1000
+def seconds_for(context: object) -> float:
+    """How long the answer to a request may take: what the gateway and the function have left."""
+    remaining = getattr(context, "get_remaining_time_in_millis", None)
+    return min(ANSWER_WITHIN, remaining() / 1000 - 1) if remaining else ANSWER_WITHIN
 
 
 if "AWS_LAMBDA_FUNCTION_NAME" in os.environ:  # on Lambda: load in INIT, not in the first request
-    try:
+    with contextlib.suppress(ModelError):  # logged; each request is answered with it
         get_model()
-    except ModelError as error:
-        logger.error("no model yet: %s", error)

@@ -28,6 +28,10 @@ class Hashed:
         return data
 
 
+def _invalid(message: str) -> ModelError:
+    return ModelError("model_archive_invalid", message)
+
+
 def unpack(stream: BinaryIO, folder: Path, source: str) -> tuple[dict[str, Path], str]:
     """Write the members of a bundle into `folder`, no others and nowhere else.
 
@@ -45,22 +49,31 @@ def unpack(stream: BinaryIO, folder: Path, source: str) -> tuple[dict[str, Path]
                 name = member.name.removeprefix("./")
                 role = "model" if name.endswith((".pt", ".pth")) else name
                 if role not in ("model", "classes.txt", "preprocessing.json"):
-                    raise ModelError(f"{source}: unexpected member {member.name!r}.")
+                    raise ModelError(
+                        "model_archive_invalid", f"{source}: unexpected member {member.name!r}."
+                    )
                 if not member.isreg() or "/" in name:
-                    raise ModelError(f"{source}: member {member.name!r} is not a plain file.")
+                    raise ModelError(
+                        "model_archive_invalid",
+                        f"{source}: member {member.name!r} is not a plain file.",
+                    )
                 if role in members:
-                    raise ModelError(f"{source}: more than one {role}.")
+                    raise _invalid(f"{source}: more than one {role}.")
                 if member.size > (MAX_MODEL_BYTES if role == "model" else MAX_TEXT_BYTES):
-                    raise ModelError(f"{source}: member {member.name!r} is too large.")
+                    raise ModelError(
+                        "model_archive_invalid", f"{source}: member {member.name!r} is too large."
+                    )
                 members[role] = folder / role
                 with open(members[role], "wb") as file:
                     shutil.copyfileobj(archive.extractfile(member), file, CHUNK)
             while unzipped.read(CHUNK):  # gzip checks the checksum at the end
                 pass
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise ModelError(f"{source} is not a complete tar.gz archive: {error}") from error
+        raise ModelError(
+            "model_archive_invalid", f"{source} is not a complete tar.gz archive: {error}"
+        ) from error
     for role in ("model", "classes.txt"):
         if role not in members:
             missing = "*.pt or *.pth file" if role == "model" else role
-            raise ModelError(f"{source}: the bundle has no {missing}.")
+            raise _invalid(f"{source}: the bundle has no {missing}.")
     return members, hashed.sha256.hexdigest()

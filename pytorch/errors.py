@@ -2,13 +2,21 @@
 
 
 class RequestError(Exception):
-    """A request that cannot be answered: an HTTP status, a code for programs, a sentence."""
+    """A request that cannot be answered: an HTTP status, a code for programs, a sentence.
 
-    def __init__(self, status: int, code: str, message: str):
+    `detail` is for the log only.
+    """
+
+    def __init__(self, status: int, code: str, message: str, detail: str = ""):
         super().__init__(message)
         self.status = status
         self.code = code
+        self.detail = detail
 
 
 class ModelError(Exception):
-    """The model cannot be loaded; the message says what is wrong with what."""
+    """The model cannot be loaded: a code for programs, and what is wrong with what, for the log."""
+
+    def __init__(self, code: str, message: str):
+        super().__init__(message)
+        self.code = code

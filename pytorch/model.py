@@ -49,13 +49,15 @@ class Model:
     def from_s3(cls, bucket: str | None, key: str | None) -> "Model":
         """Download and load the bundle s3://bucket/key. Raises ModelError."""
         if not bucket or not key:
-            raise ModelError("MODEL_BUCKET and MODEL_KEY must name the model bundle.")
+            raise ModelError(
+                "model_not_configured", "MODEL_BUCKET and MODEL_KEY must name the model bundle."
+            )
         source = f"s3://{bucket}/{key}"
         try:
             body = boto3.client("s3", config=S3_CONFIG).get_object(Bucket=bucket, Key=key)["Body"]
             return cls.from_archive(body, source)
         except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as error:
-            raise ModelError(f"{source} cannot be read: {error}") from error
+            raise ModelError(_s3_code(error), f"{source} cannot be read: {error}") from error
 
     @classmethod
     def from_archive(cls, stream: BinaryIO, source: str) -> "Model":
@@ -72,7 +74,9 @@ class Model:
                     warnings.filterwarnings("ignore", r"`torch\.jit", FutureWarning)
                     script = torch.jit.load(str(members["model"]), map_location="cpu").eval()
             except Exception as error:  # torch reports a damaged file in many ways
-                raise ModelError(f"{source}: {_last_line(error)}") from error
+                raise ModelError(
+                    "model_archive_invalid", f"{source}: {_last_line(error)}"
+                ) from error
         model = cls(script, [name.strip() for name in classes], preprocessing, source, sha256)
         model._check()
         return model
@@ -84,7 +88,10 @@ class Model:
 
     def predict(self, images: list[Image.Image]) -> np.ndarray:
         """The softmax probabilities of N images: float32 of (N, len(classes))."""
-        batch = np.stack([self.preprocessing(image) for image in images])
+        return self.predict_batch(np.stack([self.preprocessing(image) for image in images]))
+
+    def predict_batch(self, batch: np.ndarray) -> np.ndarray:
+        """The same for images that are preprocessed already: float32 of (N, 3, crop, crop)."""
         return self.logits(batch).softmax(1).numpy()
 
     def _check(self) -> None:
@@ -94,13 +101,24 @@ class Model:
             shape = tuple(self.logits(np.zeros((1, 3, size, size), np.float32)).shape)
         except (RuntimeError, AttributeError, TypeError) as error:
             raise ModelError(
-                f"{self.source}: the model fails on an image: {_last_line(error)}"
+                "model_failed", f"{self.source}: the model fails on an image: {_last_line(error)}"
             ) from error
         if shape != (1, len(self.classes)):
             raise ModelError(
+                "model_classes_mismatch",
                 f"{self.source}: classes.txt has {len(self.classes)} names, "
-                f"but the model's output for one image has shape {shape}."
+                f"but the model's output for one image has shape {shape}.",
             )
+
+
+def _s3_code(error: Exception) -> str:
+    if isinstance(error, botocore.exceptions.ClientError):
+        code = error.response["Error"]["Code"]
+        if code in ("NoSuchKey", "NoSuchBucket", "404"):
+            return "model_not_found"
+        if code in ("AccessDenied", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
+            return "model_access_denied"
+    return "model_unavailable"
 
 
 def _last_line(error: Exception) -> str:

@@ -12,7 +12,7 @@ import requests
 import torch
 from PIL import Image
 
-from local.notebook import reachable, require_stack, share_image
+from local.notebook import private_hosts, reachable, require_stack, share_image
 from local.paths import ROOT
 from preprocessing import Preprocessing
 from training.bundle import create
@@ -57,15 +57,17 @@ def upload_model(sign: float, folder: Path) -> str:
     return key
 
 
-def deploy(key: str, layer_arn: str, folder: Path) -> str:
+def deploy(key: str, layer_arn: str, folder: Path, **parameters: object) -> str:
     """`sam package` and `sam deploy` as in the README; the endpoint's address here."""
+    parameters = {"AllowPrivateHosts": private_hosts()} | parameters
+    overrides = " ".join(f"{name}={value}" for name, value in parameters.items() if value)
     shell(
         f"""
         sam package --output-template-file {folder}/packaged.yaml --s3-bucket {BUCKET}
         sam deploy --template-file {folder}/packaged.yaml --stack-name {STACK} \
             --capabilities CAPABILITY_IAM --no-fail-on-empty-changeset --parameter-overrides \
             BucketName={BUCKET} ObjectKey={key} LambdaLayerArn={layer_arn} \
-            Runtime=python{sys.version_info.major}.{sys.version_info.minor}
+            Runtime=python{sys.version_info.major}.{sys.version_info.minor} {overrides}
         """,
         ROOT,
     )

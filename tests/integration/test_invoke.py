@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from test_deploy import BUCKET, shell, upload_model
 
-from local.notebook import share_image
+from local.notebook import private_hosts, share_image
 from local.paths import ROOT
 
 
@@ -23,8 +23,8 @@ def files(aws, tmp_path):
     event = json.loads((ROOT / "event.json").read_text())
     event["body"] = json.dumps({"url": share_image(image, BUCKET)})
     (tmp_path / "event.json").write_text(json.dumps(event))
-    variables = {"PyTorchFunction": {"MODEL_BUCKET": BUCKET, "MODEL_KEY": key}}
-    (tmp_path / "env.json").write_text(json.dumps(variables))
+    variables = {"MODEL_BUCKET": BUCKET, "MODEL_KEY": key, "ALLOW_PRIVATE_HOSTS": private_hosts()}
+    (tmp_path / "env.json").write_text(json.dumps({"PyTorchFunction": variables}))
     return tmp_path
 
 

@@ -21,6 +21,10 @@ class Context:
     """What the handler uses of Lambda's context object."""
 
     aws_request_id: str = "11111111-2222-3333-4444-555555555555"
+    remaining: float = 60_000  # milliseconds
+
+    def get_remaining_time_in_millis(self) -> float:
+        return self.remaining
 
 
 class Brightest(torch.nn.Module):
@@ -59,8 +63,11 @@ def members() -> dict[str, bytes]:
 
 
 @pytest.fixture
-def web():
-    """A web server; `web.serve(path, …)` says what it answers and returns the address."""
+def web(monkeypatch):
+    """A web server; `web.serve(path, …)` says what it answers and returns the address.
+
+    It is on 127.0.0.1, which the handler may reach only because it is excepted here.
+    """
 
     class Server(ThreadingHTTPServer):
         daemon_threads = True
@@ -88,6 +95,7 @@ def web():
 
     server = Server(("127.0.0.1", 0), Handler)
     server.answers = {}
+    monkeypatch.setenv("ALLOW_PRIVATE_HOSTS", f"127.0.0.1:{server.server_port}")
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server

@@ -11,8 +11,10 @@ import PIL
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_sample_images
 from torchvision.transforms import v2
 
+import preprocessing as preprocessing_module
 from preprocessing import IMAGENET, MAX_SIZE, Preprocessing, to_rgb
 
 INTERPOLATION = {
@@ -200,3 +202,36 @@ def test_a_bad_field_is_named(change, named):
 def test_what_is_not_preprocessing_is_refused(text):
     with pytest.raises(ValueError, match="preprocessing: "):
         Preprocessing.from_json(text)
+
+
+@pytest.fixture(scope="module")
+def photograph() -> Image.Image:
+    return Image.fromarray(load_sample_images().images[0])
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATION)
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "YCbCr", "HSV"])
+def test_a_photograph_in_any_mode_equals_torchvision(photograph, mode, interpolation):
+    preprocessing = replace(IMAGENET, interpolation=interpolation)
+    image = photograph.quantize(256) if mode == "P" else photograph.convert(mode)
+    theirs = torchvision_result(preprocessing, image.convert("RGB"))
+    std = np.array(IMAGENET.std).reshape(3, 1, 1)
+    assert np.abs((preprocessing(image) - theirs) * std).max() <= 1.001 / 255
+
+
+def test_a_photograph_of_16_bits_equals_the_one_of_8(photograph):
+    grey = np.asarray(photograph.convert("L"))
+    deep = Image.fromarray(grey.astype(np.uint16) * 257)
+    assert np.array_equal(IMAGENET(deep), IMAGENET(Image.fromarray(grey)))
+
+
+def test_a_photograph_that_is_opaque_equals_the_one_without_alpha(photograph):
+    assert np.array_equal(IMAGENET(photograph.convert("RGBA")), IMAGENET(photograph))
+
+
+def test_strips_do_not_show(photograph, monkeypatch):
+    image = photograph.convert("CMYK")
+    whole = np.asarray(image.convert("RGB"))
+    for pixels in (1, 1000, 64_000, 10**9):
+        monkeypatch.setattr(preprocessing_module, "STRIP", pixels)
+        assert np.array_equal(np.asarray(to_rgb(image)), whole)
