@@ -7,7 +7,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install run lab aws aws-stop test lint unit integration notebooks refresh \
-	bench-cold-start clean distclean
+	bench-cold-start bench-latency clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { gsub(/\$$\$$/, "$$", $$2); printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ refresh: install ## run the notebooks and store their outputs in place
 
 bench-cold-start: install ## our layer against the reference's method, under Lambda's runtime
 	$(BIN)/python -m benchmarks.cold_start
+
+bench-latency: install ## warm latency: our variants, plain PyTorch, ONNX Runtime
+	$(BIN)/python -m benchmarks.latency
 
 clean: aws-stop ## delete everything generated but the environments
 	rm -rf build layer/*.zip .aws-sam packaged.yaml

@@ -11,4 +11,8 @@ class RequestError(Exception):
 
 
 class ModelError(Exception):
-    """The model cannot be loaded; the message says what is wrong with what."""
+    """The model cannot be loaded: a code for programs, a sentence that says what is wrong."""
+
+    def __init__(self, code: str, message: str):
+        super().__init__(message)
+        self.code = code

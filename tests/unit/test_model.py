@@ -128,7 +128,7 @@ def test_flipped_bytes_never_pass_unnoticed(members):
             continue
         assert model.classes == whole.classes
         assert torch.equal(
-            model.script(torch.ones(1, 3, 4, 4)), whole.script(torch.ones(1, 3, 4, 4))
+            model.network(torch.ones(1, 3, 4, 4)), whole.network(torch.ones(1, 3, 4, 4))
         )
 
 
