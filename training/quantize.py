@@ -48,17 +48,14 @@ def quantize(trained: TrainedModel, calibration: Sequence[Path], output: Path) -
     if made_before(output, provenance):
         return output
     inputs = load_images(calibration, trained.preprocessing)
-    with _engine():
-        quantized = quantize_module(trained.model, inputs)
-        example = torch.from_numpy(inputs[:1])
-        traced = freeze(trace_module(quantized, example))
-        with replacing(output) as partial:
-            partial.write_bytes(serialize(traced, {PROVENANCE: provenance}))
+    quantized = quantize_module(trained.model, inputs)
+    with replacing(output) as partial:
+        partial.write_bytes(serialize(quantized, {PROVENANCE: provenance}))
     return output
 
 
-def quantize_module(model: torch.nn.Module, inputs: np.ndarray) -> torch.nn.Module:
-    """An int8 copy of `model`, calibrated on `inputs` of (N, 3, height, width).
+def quantize_module(model: torch.nn.Module, inputs: np.ndarray) -> torch.jit.ScriptModule:
+    """An int8 copy of `model`, calibrated on `inputs` of (N, 3, height, width), and traced.
 
     Convolutions are fused with the additions and ReLUs after them (oneDNN's engine only).
 
@@ -88,7 +85,7 @@ def quantize_module(model: torch.nn.Module, inputs: np.ndarray) -> torch.nn.Modu
             ) from error
         for image in tqdm(inputs, desc="calibrating", unit="image"):
             prepared(torch.from_numpy(image[None]))
-        return convert_fx(prepared, backend_config=fusions)
+        return freeze(trace_module(convert_fx(prepared, backend_config=fusions), example))
 
 
 @contextmanager
