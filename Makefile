@@ -7,7 +7,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install run lab aws aws-stop test lint unit integration notebooks refresh \
-	bench-cold-start bench-handler clean distclean
+	bench-cold-start bench-handler bench-latency clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { gsub(/\$$\$$/, "$$", $$2); printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ bench-cold-start: install ## our layer against the reference's method, under Lam
 
 bench-handler: install ## the handler's guards, preprocessing, memory and log, against the alternatives
 	$(BIN)/python -m benchmarks.handler
+
+bench-latency: install ## warm latency: our variants, plain PyTorch, ONNX Runtime
+	$(BIN)/python -m benchmarks.latency
 
 clean: aws-stop ## delete everything generated but the environments
 	rm -rf build layer/*.zip .aws-sam packaged.yaml

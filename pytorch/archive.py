@@ -1,18 +1,37 @@
-"""Reads a model's bundle without trusting it. Called by model.py."""
+"""Reads a model's bundle without trusting it. Called by model.py.
+
+Nothing of a bundle is written to a file system or executed here: the model goes to anonymous
+memory, so that /tmp stays free for the layer, and the other members are short texts.
+"""
 
 import gzip
 import hashlib
+import os
 import shutil
 import tarfile
 import zlib
-from pathlib import Path
+from dataclasses import dataclass
 from typing import BinaryIO
 
 from errors import ModelError
 
-MAX_MODEL_BYTES = 2_000_000_000
+KINDS = {".pt": "torchscript", ".pth": "torchscript", ".pt2": "export"}
+TEXTS = ("classes.txt", "preprocessing.json", "model.json", "MODEL_CARD.md")
+MAX_MODEL_BYTES = 1_000_000_000  # while it loads, a model is in memory twice
 MAX_TEXT_BYTES = 1_000_000
+MAX_PADDING_BYTES = 1_000_000  # of a tar after its last member; GNU tar writes up to 10 KB
 CHUNK = 1 << 20  # bytes
+
+
+@dataclass
+class Archive:
+    """The members of a bundle. `model` is an anonymous file, `suffix` the end of its name."""
+
+    model: BinaryIO
+    name: str
+    suffix: str
+    texts: dict[str, str]
+    sha256: str
 
 
 class Hashed:
@@ -28,52 +47,58 @@ class Hashed:
         return data
 
 
-def _invalid(message: str) -> ModelError:
-    return ModelError("model_archive_invalid", message)
+def unpack(stream: BinaryIO, source: str) -> Archive:
+    """Read a bundle, in one pass and with bounded memory.
 
-
-def unpack(stream: BinaryIO, folder: Path, source: str) -> tuple[dict[str, Path], str]:
-    """Write the members of a bundle into `folder`, no others and nowhere else.
-
-    Returns the files by role ("model", "classes.txt", …) and the SHA-256 of the bundle in hex.
     Raises ModelError; `source` names the bundle in its message.
     """
-    members: dict[str, Path] = {}
+    name, model, texts = "", None, {}
     hashed = Hashed(stream)
     try:
         with (
             gzip.GzipFile(fileobj=hashed) as unzipped,
-            tarfile.open(fileobj=unzipped, mode="r|") as archive,
+            tarfile.open(fileobj=unzipped, mode="r|") as tar,
         ):
-            for member in archive:
-                name = member.name.removeprefix("./")
-                role = "model" if name.endswith((".pt", ".pth")) else name
-                if role not in ("model", "classes.txt", "preprocessing.json"):
-                    raise ModelError(
-                        "model_archive_invalid", f"{source}: unexpected member {member.name!r}."
-                    )
-                if not member.isreg() or "/" in name:
-                    raise ModelError(
-                        "model_archive_invalid",
-                        f"{source}: member {member.name!r} is not a plain file.",
-                    )
-                if role in members:
-                    raise _invalid(f"{source}: more than one {role}.")
-                if member.size > (MAX_MODEL_BYTES if role == "model" else MAX_TEXT_BYTES):
-                    raise ModelError(
-                        "model_archive_invalid", f"{source}: member {member.name!r} is too large."
-                    )
-                members[role] = folder / role
-                with open(members[role], "wb") as file:
-                    shutil.copyfileobj(archive.extractfile(member), file, CHUNK)
-            while unzipped.read(CHUNK):  # gzip checks the checksum at the end
-                pass
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+            for member in tar:
+                base = member.name.removeprefix("./")
+                is_model = os.path.splitext(base)[1] in KINDS
+                if not is_model and base not in TEXTS:
+                    raise _invalid(source, f"unexpected member {member.name!r}.")
+                if not member.isreg() or member.issparse() or "/" in base:
+                    raise _invalid(source, f"member {member.name!r} is not a plain file.")
+                if (is_model and model) or base in texts:
+                    raise _invalid(source, f"more than one {'model' if is_model else base}.")
+                if member.size > (MAX_MODEL_BYTES if is_model else MAX_TEXT_BYTES):
+                    raise _invalid(source, f"member {member.name!r} is too large.")
+                content = tar.extractfile(member)
+                if is_model:
+                    name, model = base, os.fdopen(os.memfd_create("model"), "w+b")
+                    shutil.copyfileobj(content, model, CHUNK)
+                    model.flush()
+                else:
+                    texts[base] = content.read().decode("utf-8")
+            _read_to_the_end(unzipped, source)
+    except UnicodeDecodeError as error:
+        raise _invalid(source, f"member {base!r} is not utf-8 text ({error.reason}).") from error
+    except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error) as error:
         raise ModelError(
             "model_archive_invalid", f"{source} is not a complete tar.gz archive: {error}"
         ) from error
-    for role in ("model", "classes.txt"):
-        if role not in members:
-            missing = "*.pt or *.pth file" if role == "model" else role
-            raise _invalid(f"{source}: the bundle has no {missing}.")
-    return members, hashed.sha256.hexdigest()
+    if model is None:
+        raise _invalid(source, "the bundle has no *.pt, *.pth or *.pt2 file.")
+    if "classes.txt" not in texts:
+        raise _invalid(source, "the bundle has no classes.txt.")
+    return Archive(model, *os.path.splitext(name), texts, hashed.sha256.hexdigest())
+
+
+def _read_to_the_end(unzipped: BinaryIO, source: str) -> None:
+    """gzip checks its checksum at the end, which may be far away in a bomb."""
+    read = 0
+    while data := unzipped.read(CHUNK):
+        read += len(data)
+        if read > MAX_PADDING_BYTES:
+            raise _invalid(source, "data after the last member.")
+
+
+def _invalid(source: str, sentence: str) -> ModelError:
+    return ModelError("model_archive_invalid", f"{source}: {sentence}")

@@ -1,15 +1,18 @@
 """The classifier: a bundle from S3, images in, probabilities out. Called by app.py.
 
 A bundle is a tar.gz archive of plain files:
-    *.pt or *.pth          the TorchScript model: (N, 3, H, W) float32 → (N, classes) logits
+    *.pt, *.pth or *.pt2   the model: (1, 3, H, W) float32 → (1, classes) logits; *.pt2 is an
+                           archive of torch.export, the others are TorchScript
     classes.txt            one class name a line, in the order of the logits
     preprocessing.json     optional; without it ImageNet's preprocessing applies
+    model.json             optional; kind, name and the temperature of the softmax
+    MODEL_CARD.md          optional; for people
 """
 
-import tempfile
-import warnings
+import json
+import os
+import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
 
 import boto3
@@ -19,11 +22,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from archive import unpack
+from archive import KINDS, Archive, unpack
 from errors import ModelError
+from network import Network, load
 from preprocessing import IMAGENET, Preprocessing
 
 S3_CONFIG = botocore.config.Config(connect_timeout=5, read_timeout=20, retries={"max_attempts": 2})
+S3_CODES = {"404": "model_not_found", "403": "model_access_denied"}
 
 
 @dataclass
@@ -31,23 +36,35 @@ class Model:
     """A loaded classifier.
 
     Attributes:
-        script: maps float32 of (N, 3, crop, crop) to logits of (N, len(classes)).
+        network: maps float32 of (1, 3, crop, crop) to logits of (1, len(classes)).
         source: where the bundle came from, such as s3://bucket/key.
         sha256: of the bundle's bytes, in hex.
+        kind: "torchscript" or "export".
+        name: of the model, such as "resnet18".
+        temperature: what the logits are divided by before the softmax.
     """
 
-    script: torch.jit.ScriptModule
+    network: Network
     classes: list[str]
     preprocessing: Preprocessing
     source: str
     sha256: str
+    kind: str
+    name: str
+    temperature: float = 1.0
 
     def __str__(self) -> str:
-        return f"{self.source}, {len(self.classes)} classes, torch {torch.__version__}"
+        return (
+            f"{self.source}, {self.name}, {len(self.classes)} classes, "
+            f"torch {torch.__version__}, {self.kind}, {self.network.engine}"
+        )
 
     @classmethod
     def from_s3(cls, bucket: str | None, key: str | None) -> "Model":
-        """Download and load the bundle s3://bucket/key. Raises ModelError."""
+        """Download and load the bundle s3://bucket/key.
+
+        If MODEL_SHA256 is set in the environment, no other bundle is accepted. Raises ModelError.
+        """
         if not bucket or not key:
             raise ModelError(
                 "model_not_configured", "MODEL_BUCKET and MODEL_KEY must name the model bundle."
@@ -55,36 +72,56 @@ class Model:
         source = f"s3://{bucket}/{key}"
         try:
             body = boto3.client("s3", config=S3_CONFIG).get_object(Bucket=bucket, Key=key)["Body"]
-            return cls.from_archive(body, source)
+            return cls.from_archive(body, source, os.environ.get("MODEL_SHA256"))
         except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as error:
             raise ModelError(_s3_code(error), f"{source} cannot be read: {error}") from error
 
     @classmethod
-    def from_archive(cls, stream: BinaryIO, source: str) -> "Model":
+    def from_archive(
+        cls, stream: BinaryIO, source: str, expected_sha256: str | None = None
+    ) -> "Model":
         """Load a bundle from a stream of its bytes; `source` names it. Raises ModelError."""
-        with tempfile.TemporaryDirectory(prefix="model-") as folder:
-            members, sha256 = unpack(stream, Path(folder), source)
-            try:
-                classes = members["classes.txt"].read_text("utf-8").splitlines()
-                preprocessing = IMAGENET
-                if "preprocessing.json" in members:
-                    text = members["preprocessing.json"].read_text("utf-8")
-                    preprocessing = Preprocessing.from_json(text)
-                with warnings.catch_warnings():  # that TorchScript is deprecated is known
-                    warnings.filterwarnings("ignore", r"`torch\.jit", FutureWarning)
-                    script = torch.jit.load(str(members["model"]), map_location="cpu").eval()
-            except Exception as error:  # torch reports a damaged file in many ways
+        archive = unpack(stream, source)
+        with archive.model:
+            if expected_sha256 and archive.sha256 != expected_sha256.lower():
                 raise ModelError(
-                    "model_archive_invalid", f"{source}: {_last_line(error)}"
-                ) from error
-        model = cls(script, [name.strip() for name in classes], preprocessing, source, sha256)
-        model._check()
-        return model
+                    "model_archive_invalid",
+                    f"{source} has the SHA-256 {archive.sha256}, but MODEL_SHA256 demands "
+                    f"{expected_sha256}.",
+                )
+            try:
+                return cls._from_members(archive, source)
+            except ModelError as error:
+                raise ModelError(error.code, f"{source}: {error}") from error
+
+    @classmethod
+    def _from_members(cls, archive: Archive, source: str) -> "Model":
+        kind = KINDS[archive.suffix]
+        name, temperature = _settings(archive.texts.get("model.json"), archive.name, kind)
+        classes = [line.strip() for line in archive.texts["classes.txt"].splitlines()]
+        preprocessing = IMAGENET
+        if "preprocessing.json" in archive.texts:
+            try:
+                preprocessing = Preprocessing.from_json(archive.texts["preprocessing.json"])
+            except ValueError as error:
+                raise ModelError("model_preprocessing_invalid", str(error)) from error
+        network = load(archive.model, kind, preprocessing.crop)
+        if network.outputs != (1, len(classes)):
+            raise ModelError(
+                "model_classes_mismatch",
+                f"classes.txt has {len(classes)} names, "
+                f"but the model's output for one image has shape {network.outputs}.",
+            )
+        return cls(network, classes, preprocessing, source, archive.sha256, kind, name, temperature)
 
     @torch.inference_mode()
     def logits(self, batch: np.ndarray) -> torch.Tensor:
-        """The (N, classes) output for an (N, 3, H, W) float32 batch."""
-        return self.script(torch.from_numpy(batch))
+        """The (N, classes) output for an (N, 3, crop, crop) float32 batch.
+
+        The images go through the network one by one: it is compiled for that shape, and on a CPU
+        this is faster than a batch through the plain one (docs/serving.md).
+        """
+        return torch.cat([self.network(image) for image in torch.from_numpy(batch).split(1)])
 
     def predict(self, images: list[Image.Image]) -> np.ndarray:
         """The softmax probabilities of N images: float32 of (N, len(classes))."""
@@ -92,35 +129,38 @@ class Model:
 
     def predict_batch(self, batch: np.ndarray) -> np.ndarray:
         """The same for images that are preprocessed already: float32 of (N, 3, crop, crop)."""
-        return self.logits(batch).softmax(1).numpy()
+        return (self.logits(batch) / self.temperature).softmax(1).numpy()
 
-    def _check(self) -> None:
-        """One prediction proves that model, classes and preprocessing fit, and warms up."""
-        size = self.preprocessing.crop
-        try:
-            shape = tuple(self.logits(np.zeros((1, 3, size, size), np.float32)).shape)
-        except (RuntimeError, AttributeError, TypeError) as error:
+
+def _settings(text: str | None, name: str, kind: str) -> tuple[str, float]:
+    """Name and temperature from a model.json; `name` and 1 without one. Raises ModelError."""
+    try:
+        values = {"format": 1} if text is None else json.loads(text)
+        values = {"kind": kind, "name": name, "temperature": 1.0} | values
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ModelError(
+            "model_archive_invalid", f"model.json is not a JSON object: {error}"
+        ) from error
+    temperature = values["temperature"]
+    for field, fits in {
+        "format": values.get("format") == 1,
+        "kind": values["kind"] == kind,
+        "name": isinstance(values["name"], str)
+        and re.fullmatch(r"[\w.+ -]{1,100}", values["name"]),
+        "temperature": type(temperature) in (int, float) and 0.01 <= temperature <= 100,
+    }.items():
+        if not fits:
             raise ModelError(
-                "model_failed", f"{self.source}: the model fails on an image: {_last_line(error)}"
-            ) from error
-        if shape != (1, len(self.classes)):
-            raise ModelError(
-                "model_classes_mismatch",
-                f"{self.source}: classes.txt has {len(self.classes)} names, "
-                f"but the model's output for one image has shape {shape}.",
+                "model_archive_invalid",
+                f"model.json: {field} cannot be {values.get(field)!r:.100} for a {kind} model.",
             )
+    return values["name"], float(temperature)
 
 
 def _s3_code(error: Exception) -> str:
     if isinstance(error, botocore.exceptions.ClientError):
-        code = error.response["Error"]["Code"]
-        if code in ("NoSuchKey", "NoSuchBucket", "404"):
-            return "model_not_found"
-        if code in ("AccessDenied", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
-            return "model_access_denied"
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        return S3_CODES.get(str(status), "model_unavailable")
+    if isinstance(error, botocore.exceptions.NoCredentialsError):
+        return "model_access_denied"
     return "model_unavailable"
-
-
-def _last_line(error: Exception) -> str:
-    """torch's messages bring a C++ backtrace; what went wrong is in the last line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]

@@ -4,16 +4,17 @@ The archive is compared with the eager model here, and then once more in the ser
 the packages of the Lambda layer, another release of torch, in an interpreter that has nothing else.
 """
 
-import argparse
+import dataclasses
 import io
 import json
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-import preprocessing as preprocessing_module
+import network
+from archive import KINDS
+from errors import ModelError
 from layer.packages import Target, serving_packages
 from local.atomic import replacing
-from local.cli import UserError, run
+from local.cli import UserError
 from preprocessing import Preprocessing
-from training.data import DIGITS, write_digits
 from training.model import TrainedModel, library_versions
-from training.train import OUTPUT
 
 # Largest accepted difference between two logits, as a share of the largest logit (at least of 1).
 TOLERANCE = 1e-4
@@ -46,6 +47,8 @@ class Comparison:
         same_class: for how many images both runs name the same class.
         agrees: all of them, and no difference over `TOLERANCE`.
         versions: of the packages that made the second run.
+        engine, milliseconds: what computed the second run, and its median time of an image;
+            only from the serving environment.
     """
 
     images: int
@@ -53,14 +56,16 @@ class Comparison:
     same_class: int
     agrees: bool
     versions: dict
+    engine: str | None = None
+    milliseconds: float | None = None
 
 
 def trace(trained: TrainedModel, images: Sequence[Path], output: Path) -> Comparison:
-    """Trace `trained` into `output` and compare both on `images`.
+    """Trace and freeze `trained` into `output` and compare both on `images`.
 
-    An archive that was traced from the same weights by the same torch is kept as it is. The archive
-    of a fresh process is the same byte for byte; a second trace in one process numbers its classes
-    differently.
+    A model that is TorchScript already is only frozen. An archive that was made from the same
+    weights by the same torch is kept as it is. The archive of a fresh process is the same byte for
+    byte; a second trace in one process numbers its classes differently.
 
     `torch.jit.trace` is deprecated in favour of `torch.export`; it works in the pinned release,
     and that the archive runs in the layer's release is what `check_in_serving` proves each time.
@@ -68,32 +73,44 @@ def trace(trained: TrainedModel, images: Sequence[Path], output: Path) -> Compar
     Raises:
         UserError: an image cannot be read, or the two models disagree (nothing is written then).
     """
-    provenance = json.dumps(
-        {"model": trained.fingerprint(), "crop": trained.preprocessing.crop, **library_versions()},
-        sort_keys=True,
-    )
     inputs = load_images(images, trained.preprocessing)
-    kept = _traced_before(output, provenance)
-    traced = kept or trace_module(trained.model, torch.from_numpy(inputs[:1]))
-    comparison = compare(
-        run_model(trained.model, inputs),
-        run_model(traced, inputs),
-        {"torch": str(torch.__version__)},
-    )
+    expected = run_model(trained.model, inputs)
+    provenance = provenance_of(trained, "fp32")
+    kept = made_before(output, provenance)
+    if not kept:
+        traced = freeze(trace_module(trained.model, torch.from_numpy(inputs[:1])))
+        data = serialize(traced, {PROVENANCE: provenance})
+    else:
+        traced, data = load_archive(output), None
+    comparison = compare(expected, run_model(traced, inputs), {"torch": str(torch.__version__)})
     if not comparison.agrees:
         raise UserError(f"the traced model differs from the eager one: {comparison}")
-    if not kept:
+    if data is not None:
         with replacing(output) as partial:
-            partial.write_bytes(serialize(traced, {PROVENANCE: provenance}))
+            partial.write_bytes(data)
     return comparison
+
+
+def provenance_of(trained: TrainedModel, variant: str, **more: str) -> str:
+    """What decides the content of an archive, as JSON; it is stored inside."""
+    values = {"model": trained.fingerprint(), "crop": trained.preprocessing.crop}
+    return json.dumps(values | library_versions() | {"variant": variant} | more, sort_keys=True)
 
 
 def trace_module(model: nn.Module, example: torch.Tensor) -> torch.jit.ScriptModule:
     """Trace any module on the CPU in evaluation mode; `example` is one batch of its input."""
+    if isinstance(model, torch.jit.ScriptModule):
+        return model.eval()
     # Torch's own check traces again and wants the same graph, which attention layers do not give;
     # `trace` compares answers on real images instead.
-    with _without_deprecation(), torch.no_grad():
+    with without_deprecation(), torch.no_grad():
         return torch.jit.trace(model.cpu().eval(), example, check_trace=False)
+
+
+def freeze(script: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+    """Make the weights constants, and fold batch norm into the convolutions before it."""
+    with without_deprecation():
+        return torch.jit.freeze(script) if hasattr(script, "training") else script
 
 
 def serialize(module: torch.jit.ScriptModule, extra_files: dict[str, str] | None = None) -> bytes:
@@ -105,20 +122,25 @@ def serialize(module: torch.jit.ScriptModule, extra_files: dict[str, str] | None
     """
     buffer = io.BytesIO()
     # Saved to a buffer, not a path: the archive would otherwise contain the (temporary) file name.
-    with _without_deprecation():
+    with without_deprecation():
         torch.jit.save(module, buffer, _extra_files=extra_files or {})
-    reader = torch._C.PyTorchFileReader(io.BytesIO(buffer.getvalue()))
-    stripped = io.BytesIO()
+    return rewrite(buffer.getvalue())
+
+
+def rewrite(archive: bytes, edit: Callable[[str, bytes], bytes] = lambda _, data: data) -> bytes:
+    """A copy of an archive of torch without debug records; `edit` changes records by their name."""
+    reader = torch._C.PyTorchFileReader(io.BytesIO(archive))
+    copy = io.BytesIO()
     # These two classes are what torch.save and torch.package are made of; unlike zipfile, the
     # writer aligns tensors to 64 bytes, which loading relies on.
-    writer = torch._C.PyTorchFileWriter(stripped)
+    writer = torch._C.PyTorchFileWriter(copy)
     for name in reader.get_all_records():
         written_by_itself = name in ("version", "byteorder") or name.startswith(".data/")
         if not written_by_itself and not name.endswith(".debug_pkl"):
-            record = reader.get_record(name)
+            record = edit(name, reader.get_record(name))
             writer.write_record(name, record, len(record))
     writer.write_end_of_file()
-    return stripped.getvalue()
+    return copy.getvalue()
 
 
 def check_in_serving(
@@ -138,16 +160,17 @@ def check_in_serving(
     """
     if packages is None:
         packages = serving_packages(Target.create("local"))
-    expected = run_model(load_archive(model_path), load_images(images, preprocessing))
+    kind = KINDS[model_path.suffix]
+    here = load_network(model_path, preprocessing.crop)
+    expected = run_model(here, load_images(images, preprocessing))
     with tempfile.TemporaryDirectory() as scratch:
         request, answer = Path(scratch, "request.json"), Path(scratch, "answer.npy")
         request.write_text(
             json.dumps(
                 {
                     "packages": str(packages),
-                    "preprocessing_module": str(
-                        Path(preprocessing_module.__file__).resolve().parent
-                    ),
+                    "function": str(Path(network.__file__).resolve().parent),
+                    "kind": kind,
                     "preprocessing": preprocessing.to_json(),
                     "model": str(model_path.resolve()),
                     "images": [str(path.resolve()) for path in images],
@@ -162,13 +185,15 @@ def check_in_serving(
         if done.returncode != 0:
             reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
             raise UserError(f"{model_path} does not run in the serving environment: {reason}")
-        comparison = compare(expected, np.load(answer), json.loads(done.stdout.splitlines()[-1]))
+        report = json.loads(done.stdout.splitlines()[-1])
+        logits = np.load(answer)
+    comparison = compare(expected, logits, report.pop("versions"))
     if not comparison.agrees:
         raise UserError(f"the serving environment answers differently: {comparison}")
-    return comparison
+    return dataclasses.replace(comparison, **report)
 
 
-def run_model(model: nn.Module, inputs: np.ndarray) -> np.ndarray:
+def run_model(model: Callable, inputs: np.ndarray) -> np.ndarray:
     """Logits of (N, classes) for inputs of (N, 3, height, width), computed one image at a time, as
     the Lambda function does."""
     with torch.inference_mode():
@@ -197,10 +222,27 @@ def load_archive(path: Path) -> torch.jit.ScriptModule:
     if not path.is_file():
         raise UserError(f"there is no model {path}; trace one first (training.trace)")
     try:
-        with _without_deprecation():
+        with without_deprecation():
             return torch.jit.load(path, map_location="cpu").eval()
     except RuntimeError as error:
         raise UserError(f"{path} is damaged or not a TorchScript archive") from error
+
+
+def load_network(path: Path, size: int, kind: str | None = None) -> network.Network:
+    """Load a model file as the Lambda function does; its kind is told by its name or `kind`.
+
+    Raises:
+        UserError: the file is missing or no model, or the model fails on an image.
+    """
+    if kind is None and path.suffix not in KINDS:
+        raise UserError(f"the model {path.name} must be named *.pt, *.pth or *.pt2")
+    if not path.is_file():
+        raise UserError(f"there is no model {path}; trace one first (training.trace)")
+    try:
+        with path.open("rb") as file:
+            return network.load(file, kind or KINDS[path.suffix], size)
+    except ModelError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def find_images(folder: Path, limit: int = 16) -> list[Path]:
@@ -230,48 +272,20 @@ def load_images(paths: Sequence[Path], preprocessing: Preprocessing) -> np.ndarr
     return np.stack(inputs)
 
 
-def _traced_before(path: Path, provenance: str) -> torch.jit.ScriptModule | None:
-    extra = {PROVENANCE: ""}
-    if not path.is_file():
-        return None
+def made_before(path: Path, provenance: str) -> bool:
+    """Whether the archive at `path` is intact and was made of the same."""
     try:
-        with _without_deprecation():
-            module = torch.jit.load(path, map_location="cpu", _extra_files=extra)
-    except RuntimeError:
-        return None  # damaged or something else: traced anew
-    return module if extra[PROVENANCE] == provenance.encode() else None
+        with zipfile.ZipFile(path) as archive:
+            (record,) = (name for name in archive.namelist() if name.endswith(f"/{PROVENANCE}"))
+            return archive.read(record).decode() == provenance and archive.testzip() is None
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False  # missing, damaged or something else: made anew
 
 
 @contextmanager
-def _without_deprecation() -> Iterator[None]:
+def without_deprecation() -> Iterator[None]:
     """TorchScript's functions each say that they are deprecated, some once a submodule; `trace`
     says once what that means here. Every other warning stays."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", FutureWarning)
         yield
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.trace", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--checkpoint", type=Path, default=OUTPUT / "checkpoint.pt")
-    parser.add_argument(
-        "--output", type=Path, help="default: ARCHITECTURE.pt beside the checkpoint"
-    )
-    parser.add_argument(
-        "--images", type=Path, help="folder of images to compare on (default: digits)"
-    )
-    parser.add_argument("--packages", type=Path, help="the serving packages (default: the layer's)")
-    args = parser.parse_args()
-    trained = TrainedModel.load(args.checkpoint)
-    output = args.output or args.checkpoint.with_name(f"{trained.architecture}.pt")
-    images = find_images(args.images or write_digits(DIGITS) / "test")
-    print("traced and eager:", json.dumps(asdict(trace(trained, images, output))))
-    serving = check_in_serving(output, trained.preprocessing, images, args.packages)
-    print("here and serving:", json.dumps(asdict(serving)))
-    print(f"{output}: {output.stat().st_size:,} bytes")
-
-
-if __name__ == "__main__":
-    run(main)

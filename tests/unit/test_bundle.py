@@ -29,7 +29,7 @@ def members(path) -> dict[str, bytes]:
 
 def test_the_bundle_has_the_model_the_classes_and_the_preprocessing(model, tmp_path):
     content = members(create(model, CLASSES, SMALL, tmp_path / "model.tar.gz"))
-    assert list(content) == ["squeezenet1_1.pt", "classes.txt", "preprocessing.json"]
+    assert list(content) == ["squeezenet1_1.pt", "classes.txt", "preprocessing.json", "model.json"]
     assert content["squeezenet1_1.pt"] == model.read_bytes()
     assert content["classes.txt"].decode().splitlines() == CLASSES
     assert Preprocessing.from_json(content["preprocessing.json"].decode()) == SMALL
@@ -37,7 +37,7 @@ def test_the_bundle_has_the_model_the_classes_and_the_preprocessing(model, tmp_p
 
 def test_without_preprocessing_it_is_left_out(model, tmp_path):
     content = members(create(model, CLASSES, None, tmp_path / "model.tar.gz"))
-    assert list(content) == ["squeezenet1_1.pt", "classes.txt"]
+    assert list(content) == ["squeezenet1_1.pt", "classes.txt", "model.json"]
 
 
 def test_the_same_inputs_give_the_same_bytes(model, tmp_path):
@@ -79,7 +79,7 @@ def test_unusable_models_are_refused(model, tmp_path):
     broken.write_bytes(model.read_bytes()[:5000])
     with pytest.raises(UserError, match="not a TorchScript archive"):
         create(broken, CLASSES, SMALL, output)
-    with pytest.raises(UserError, match=r"\*\.pt or \*\.pth"):
+    with pytest.raises(UserError, match=r"\*\.pt, \*\.pth or \*\.pt2"):
         create(model.with_suffix(".onnx"), CLASSES, SMALL, output)
     with pytest.raises(UserError, match="fails on an image of 2 x 2"):
         create(model, CLASSES, Preprocessing(2, 2, (0.5,) * 3, (0.5,) * 3), output)

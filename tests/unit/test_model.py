@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 
+import numpy as np
 import pytest
 import torch
 from conftest import CLASSES, archive, png, script
@@ -80,6 +81,13 @@ class Failing(torch.nn.Module):
         ({"../classes.txt": b""}, "unexpected member '../classes.txt'"),
         ({"/tmp/evil.pt": b""}, "not a plain file"),
         ({"second.pth": b""}, "more than one model"),
+        ({"model.json": b"[]"}, "not a JSON object"),
+        ({"model.json": b'{"format": 2}'}, "format"),
+        ({"model.json": b'{"format": 1, "kind": "export"}'}, "kind"),
+        ({"model.json": b'{"format": 1, "name": "../x"}'}, "name"),
+        ({"model.json": b'{"format": 1, "temperature": 0}'}, "temperature"),
+        ({"model.json": b'{"format": 1, "temperature": NaN}'}, "temperature"),
+        ({"MODEL_CARD.md": bytes(1_000_001)}, "too large"),
     ],
 )
 def test_a_bad_bundle_is_refused_by_name(members, change, words):
@@ -128,10 +136,71 @@ def test_flipped_bytes_never_pass_unnoticed(members):
             continue
         assert model.classes == whole.classes
         assert torch.equal(
-            model.script(torch.ones(1, 3, 4, 4)), whole.script(torch.ones(1, 3, 4, 4))
+            model.network(torch.ones(1, 3, 4, 4)), whole.network(torch.ones(1, 3, 4, 4))
         )
 
 
 def test_missing_settings_are_named():
-    with pytest.raises(ModelError, match="MODEL_BUCKET and MODEL_KEY"):
+    with pytest.raises(ModelError, match="MODEL_BUCKET and MODEL_KEY") as refused:
         Model.from_s3(None, "key")
+    assert refused.value.code == "model_not_configured"
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"classes.txt": b"a\nb"}, "model_classes_mismatch"),
+        ({"preprocessing.json": b"{"}, "model_preprocessing_invalid"),
+        ({"brightest.pt": script(Failing())}, "model_failed"),
+        ({"brightest.pt": b"no model"}, "model_archive_invalid"),
+        ({"other.txt": b""}, "model_archive_invalid"),
+    ],
+)
+def test_each_failure_has_its_code(members, change, code):
+    with pytest.raises(ModelError) as refused:
+        load(archive(members | change))
+    assert refused.value.code == code
+
+
+def test_the_temperature_softens_the_confidence(members):
+    image = load_image(png("blue"))
+    card = {"MODEL_CARD.md": b"# For people"}
+    sharp = load(archive(members | card))
+    assert (sharp.kind, sharp.name, sharp.temperature) == ("torchscript", "brightest", 1.0)
+    settings = json.dumps({"format": 1, "name": "soft", "temperature": 2.0, "more": 1}).encode()
+    soft = load(archive(members | {"model.json": settings}))
+    assert soft.name == "soft"
+    logits = np.log(sharp.predict([image])[0])
+    expected = np.exp(logits / 2) / np.exp(logits / 2).sum()
+    assert np.allclose(soft.predict([image])[0], expected, atol=1e-6)
+
+
+def test_many_images_are_answered_in_order(members):
+    model = load(archive(members))
+    colours = ["blue", "red", "green", "red"]
+    answers = model.predict([load_image(png(colour)) for colour in colours])
+    assert [model.classes[i] for i in answers.argmax(1)] == colours
+
+
+def test_only_the_bundle_with_the_demanded_hash_is_loaded(members):
+    data = archive(members)
+    digest = hashlib.sha256(data).hexdigest()
+    assert Model.from_archive(io.BytesIO(data), "the bundle", digest.upper()).sha256 == digest
+    with pytest.raises(ModelError, match="MODEL_SHA256 demands") as refused:
+        Model.from_archive(io.BytesIO(data), "the bundle", "0" * 64)
+    assert refused.value.code == "model_archive_invalid"
+
+
+def test_a_bomb_behind_the_last_member_is_not_unpacked(members):
+    tar = gzip.decompress(archive(members))
+    with pytest.raises(ModelError, match="after the last member"):
+        load(gzip.compress(tar + bytes(50_000_000)))
+
+
+def test_a_model_that_claims_to_be_huge_is_refused_before_it_is_read(members):
+    file = io.BytesIO()
+    info = tarfile.TarInfo("huge.pt")
+    info.size = 10**12
+    file.write(info.tobuf() + bytes(10_000))
+    with pytest.raises(ModelError, match="too large"):
+        load(gzip.compress(file.getvalue()))

@@ -1,0 +1,102 @@
+"""The variants of a model that could be served, on a small folder of images."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from local.cli import UserError
+from model import Model
+from preprocessing import Preprocessing
+from training import optimize
+from training.bundle import chosen_model, create, read_settings, settings_of
+from training.model import TrainedModel, build
+from training.trace import freeze, trace_module
+
+CLASSES = ["dark", "light", "other"]
+SMALL = Preprocessing(32, 32, (0.5,) * 3, (0.5,) * 3)
+PACKAGES = Path(torch.__file__).parent.parent  # stands for the layer's
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    chance = np.random.default_rng(0)
+    for name, low in (("dark", 0), ("light", 128)):
+        (folder / name).mkdir()
+        for i in range(4):
+            pixels = chance.integers(low, low + 128, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return sorted(folder.rglob("*.png"))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    torch.manual_seed(0)
+    return TrainedModel("resnet18", {}, CLASSES, SMALL, build("resnet18", 3).eval())
+
+
+@pytest.mark.parametrize("name", list(optimize.SUFFIXES))
+def test_each_variant_is_served_as_it_was_measured(name, trained, images, tmp_path):
+    made = optimize.make(trained, name, images, tmp_path, images, 1.0, PACKAGES)
+    optimize.choose(trained, made)
+    path = chosen_model(tmp_path)
+    bundle = create(path, CLASSES, SMALL, tmp_path / "model.tar.gz", settings_of(path))
+    model = Model.from_archive(io.BytesIO(bundle.read_bytes()), "the bundle")
+    assert (model.kind, model.name) == ("export" if name == "export" else "torchscript", "resnet18")
+    assert model.network.engine == made.engine
+    pictures = [Image.open(path) for path in images]
+    expected = trained.model(torch.stack([torch.from_numpy(SMALL(p)) for p in pictures]))
+    difference = np.abs(model.predict(pictures) - expected.softmax(1).detach().numpy()).max()
+    assert difference < (0.05 if name == "int8" else 1e-4)
+    assert made.bytes < 12e6 or name != "int8"
+    first = path.read_bytes()
+    optimize.make(trained, name, images, tmp_path, images, 1.0, PACKAGES)
+    assert path.read_bytes() == first
+
+
+def test_a_variant_that_loses_too_much_is_refused_and_removed(trained, images, tmp_path):
+    with pytest.raises(UserError, match=r"loses .* more than the accepted -100\.0"):
+        optimize.make(trained, "int8", images, tmp_path, images, -1.0, PACKAGES)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_torchscript_file_is_frozen_and_nothing_else(trained, images, tmp_path):
+    script = trace_module(trained.model, torch.zeros(1, 3, 32, 32))
+    own = TrainedModel("own", {}, CLASSES, SMALL, script)
+    made = optimize.make(own, "fp32", images, tmp_path, None, 0.0, PACKAGES)
+    assert made.same_class == 1
+    for name, words in (("int8", "cannot be quantised"), ("export", "cannot be exported")):
+        with pytest.raises(UserError, match=words):
+            optimize.make(own, name, images, tmp_path, images, 1.0, PACKAGES)
+    assert freeze(freeze(script))
+
+
+def test_int8_without_images_names_what_it_needs(trained, images, tmp_path):
+    with pytest.raises(UserError, match="name a folder"):
+        optimize.make(trained, "int8", images, tmp_path)
+    with pytest.raises(UserError, match="no variant 'int4'"):
+        optimize.make(trained, "int4", images, tmp_path)
+
+
+def test_labels_are_the_names_of_folders(images):
+    assert optimize.labels_of(images, CLASSES).tolist() == [0] * 4 + [1] * 4
+    assert optimize.labels_of(images, ["dark"]) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"format": 2}, {"file": "../x.pt"}, {"name": 3}, {"temperature": "1"}, {"file": None}],
+)
+def test_unusable_settings_are_named(change, tmp_path):
+    good = {"format": 1, "file": "x.pt", "name": "x", "temperature": 1.5}
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(good))
+    assert read_settings(path).temperature == 1.5
+    path.write_text(json.dumps(good | change))
+    with pytest.raises(UserError, match=r"model\.json"):
+        read_settings(path)
