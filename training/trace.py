@@ -1,4 +1,4 @@
-"""Turn a trained model into TorchScript that answers the same: `python -m training.trace`.
+"""Turn a trained model into TorchScript that answers the same. Called by `training.optimize`.
 
 The archive is compared with the eager model here, and then once more in the serving environment:
 the packages of the Lambda layer, another release of torch, in an interpreter that has nothing else.
@@ -220,7 +220,7 @@ def load_archive(path: Path) -> torch.jit.ScriptModule:
         UserError: the file is missing or is no TorchScript archive.
     """
     if not path.is_file():
-        raise UserError(f"there is no model {path}; trace one first (training.trace)")
+        raise UserError(f"there is no model {path}; make one first (training.optimize)")
     try:
         with without_deprecation():
             return torch.jit.load(path, map_location="cpu").eval()
@@ -237,7 +237,7 @@ def load_network(path: Path, size: int, kind: str | None = None) -> network.Netw
     if kind is None and path.suffix not in KINDS:
         raise UserError(f"the model {path.name} must be named *.pt, *.pth or *.pt2")
     if not path.is_file():
-        raise UserError(f"there is no model {path}; trace one first (training.trace)")
+        raise UserError(f"there is no model {path}; make one first (training.optimize)")
     try:
         with path.open("rb") as file:
             return network.load(file, kind or KINDS[path.suffix], size)
