@@ -263,11 +263,12 @@ def _digest(path: Path) -> tuple[str | None, str | None]:
     try:
         with Image.open(path) as image:
             rgb = to_rgb(image)
+            size, pixels = rgb.size, rgb.tobytes()
     except _REASONS as error:
         return None, _reason(path, error)
-    if max(rgb.size) > NARROWEST * min(rgb.size):
-        return None, f"{rgb.width} x {rgb.height} pixels are too narrow"
-    return hashlib.sha256(str(rgb.size).encode() + rgb.tobytes()).hexdigest(), None
+    if max(size) > NARROWEST * min(size):
+        return None, f"{size[0]} x {size[1]} pixels are too narrow"
+    return hashlib.sha256(str(size).encode() + pixels).hexdigest(), None
 
 
 def _reason(path: Path, error: Exception) -> str:
