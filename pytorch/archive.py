@@ -1,4 +1,4 @@
-"""Reads a model's bundle without trusting it. Called by model.py.
+"""Reads a model's bundle without trusting it. Called by download.py and model.py.
 
 Nothing of a bundle is written to a file system or executed here: the model goes to anonymous
 memory, so that /tmp stays free for the layer, and the other members are short texts.
@@ -27,6 +27,7 @@ CHUNK = 1 << 20  # bytes
 class Archive:
     """The members of a bundle. `model` is an anonymous file, `suffix` the end of its name."""
 
+    source: str
     model: BinaryIO
     name: str
     suffix: str
@@ -47,10 +48,11 @@ class Hashed:
         return data
 
 
-def unpack(stream: BinaryIO, source: str) -> Archive:
+def unpack(stream: BinaryIO, source: str, expected_sha256: str | None = None) -> Archive:
     """Read a bundle, in one pass and with bounded memory.
 
-    Raises ModelError; `source` names the bundle in its message.
+    Raises ModelError, also for a bundle with another SHA-256 than the expected one; `source` names
+    the bundle in its message.
     """
     name, model, texts = "", None, {}
     hashed = Hashed(stream)
@@ -88,7 +90,13 @@ def unpack(stream: BinaryIO, source: str) -> Archive:
         raise _invalid(source, "the bundle has no *.pt, *.pth or *.pt2 file.")
     if "classes.txt" not in texts:
         raise _invalid(source, "the bundle has no classes.txt.")
-    return Archive(model, *os.path.splitext(name), texts, hashed.sha256.hexdigest())
+    sha256 = hashed.sha256.hexdigest()
+    if expected_sha256 and sha256 != expected_sha256.lower():
+        raise _invalid(
+            source,
+            f"the bundle has the SHA-256 {sha256}, but MODEL_SHA256 demands {expected_sha256}.",
+        )
+    return Archive(source, model, *os.path.splitext(name), texts, sha256)
 
 
 def _read_to_the_end(unzipped: BinaryIO, source: str) -> None:
