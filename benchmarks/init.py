@@ -17,6 +17,7 @@ import base64
 import io
 import json
 import os
+import re
 import shutil
 import statistics
 import sys
@@ -120,16 +121,23 @@ def measure(folder: Path, layer: Path, variables: dict[str, str], cores: set[int
                 if answer.get("statusCode") != 200:
                     raise UserError(f"The function failed: {answer}")
         log.seek(0)
-        lines = [json.loads(line) for line in log.read().splitlines() if line.startswith(b"{")]
-    (loaded,) = (line for line in lines if line["message"] == "model loaded")
+        text = log.read().decode()
+    # The emulator's own lines may stand before the function's.
+    lines = [
+        json.JSONDecoder().raw_decode(text, found.start())[0]
+        for found in re.finditer(r'\{"timestamp"', text)
+    ]
+    loaded = [line for line in lines if line["message"] == "model loaded"]
+    if len(loaded) != 1:
+        raise UserError(f"The function's log is not as expected:\n{text}")
     taken = [line["latency_ms"] for line in lines if line["message"] == "request"]
     return {
         "first_answer_s": first,
-        "load_ms": loaded["load_ms"],
+        "load_ms": loaded[0]["load_ms"],
         "first_ms": taken[0],
         "second_ms": taken[1],
         "warm_ms": statistics.median(taken[WARM_AFTER:]),
-        "engine": loaded["model"].rpartition(", ")[2],
+        "engine": loaded[0]["model"].rpartition(", ")[2],
     }
 
 
