@@ -202,7 +202,7 @@ def test_a_gzip_file_may_have_parts_of_any_size(members):
 
 @pytest.mark.parametrize("change", [lambda d: d[:-1], lambda d: d + b"more", lambda d: d + d[:9]])
 def test_what_does_not_end_like_a_gzip_file_is_refused(members, change):
-    with pytest.raises(ModelError, match="not a complete tar.gz archive") as refused:
+    with pytest.raises(ModelError, match=r"not a complete tar.gz archive") as refused:
         load(change(archive(members)))
     assert refused.value.code == "model_archive_invalid"
 
