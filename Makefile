@@ -7,7 +7,8 @@ export PYTHONDONTWRITEBYTECODE := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install run lab aws aws-stop test lint unit integration notebooks refresh \
-	bench-cold-start bench-handler bench-latency clean distclean
+	bench-cold-start bench-init bench-bundle bench-handler \
+	bench-latency clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { gsub(/\$$\$$/, "$$", $$2); printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +56,12 @@ refresh: install ## run the notebooks and store their outputs in place
 
 bench-cold-start: install ## our layer against the reference's method, under Lambda's runtime
 	$(BIN)/python -m benchmarks.cold_start
+
+bench-init: install ## INIT of the real function and its first requests
+	$(BIN)/python -m benchmarks.init
+
+bench-bundle: install ## a bundle from S3, loaded, against the bare model file
+	$(BIN)/python -m benchmarks.bundle
 
 bench-handler: install ## the handler's guards, preprocessing, memory and log, against the alternatives
 	$(BIN)/python -m benchmarks.handler

@@ -19,6 +19,12 @@ import json
 import os
 import time
 
+import download
+
+ON_LAMBDA = "AWS_LAMBDA_FUNCTION_NAME" in os.environ
+if ON_LAMBDA:  # while torch is unpacked and imported
+    download.begin(os.environ.get("MODEL_BUCKET"), os.environ.get("MODEL_KEY"))
+
 import numpy as np
 
 from errors import ModelError, RequestError
@@ -157,6 +163,6 @@ def seconds_for(context: object) -> float:
     return min(ANSWER_WITHIN, remaining() / 1000 - 1) if remaining else ANSWER_WITHIN
 
 
-if "AWS_LAMBDA_FUNCTION_NAME" in os.environ:  # on Lambda: load in INIT, not in the first request
+if ON_LAMBDA:  # load in INIT, not in the first request
     with contextlib.suppress(ModelError):  # logged; each request is answered with it
         get_model()

@@ -1,10 +1,9 @@
-"""Reads a model's bundle without trusting it. Called by model.py.
+"""Reads a model's bundle without trusting it. Called by download.py and model.py.
 
 Nothing of a bundle is written to a file system or executed here: the model goes to anonymous
 memory, so that /tmp stays free for the layer, and the other members are short texts.
 """
 
-import gzip
 import hashlib
 import os
 import shutil
@@ -27,6 +26,7 @@ CHUNK = 1 << 20  # bytes
 class Archive:
     """The members of a bundle. `model` is an anonymous file, `suffix` the end of its name."""
 
+    source: str
     model: BinaryIO
     name: str
     suffix: str
@@ -34,31 +34,46 @@ class Archive:
     sha256: str
 
 
-class Hashed:
-    """A stream that computes the SHA-256 of what is read from it."""
+class Unzipped:
+    """What a gzip stream holds, and the SHA-256 of the stream itself.
+
+    As `gzip.GzipFile`, which checks its sums too, but takes large pieces: a connection has 100 MB
+    in a second, and as many calls as that has 8 KB hold it up.
+    """
 
     def __init__(self, stream: BinaryIO):
         self.stream = stream
         self.sha256 = hashlib.sha256()
+        self.member = zlib.decompressobj(wbits=31)
+        self.zipped = b""
 
-    def read(self, size: int = -1) -> bytes:
-        data = self.stream.read(size)
-        self.sha256.update(data)
-        return data
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes, none at the end. Raises EOFError and zlib.error."""
+        while True:
+            if not self.zipped:
+                self.zipped = self.stream.read(CHUNK)
+                self.sha256.update(self.zipped)
+            ended = not self.zipped
+            if self.member.eof and not ended:
+                self.member = zlib.decompressobj(wbits=31)
+            data = self.member.decompress(self.zipped, size)
+            self.zipped = self.member.unconsumed_tail or self.member.unused_data
+            if data or (ended and self.member.eof):
+                return data
+            if ended:
+                raise EOFError("it ends too early")
 
 
-def unpack(stream: BinaryIO, source: str) -> Archive:
+def unpack(stream: BinaryIO, source: str, expected_sha256: str | None = None) -> Archive:
     """Read a bundle, in one pass and with bounded memory.
 
-    Raises ModelError; `source` names the bundle in its message.
+    Raises ModelError, also for a bundle with another SHA-256 than the expected one; `source` names
+    the bundle in its message.
     """
     name, model, texts = "", None, {}
-    hashed = Hashed(stream)
+    unzipped = Unzipped(stream)
     try:
-        with (
-            gzip.GzipFile(fileobj=hashed) as unzipped,
-            tarfile.open(fileobj=unzipped, mode="r|") as tar,
-        ):
+        with tarfile.open(fileobj=unzipped, mode="r|", bufsize=CHUNK) as tar:
             for member in tar:
                 base = member.name.removeprefix("./")
                 is_model = os.path.splitext(base)[1] in KINDS
@@ -88,7 +103,13 @@ def unpack(stream: BinaryIO, source: str) -> Archive:
         raise _invalid(source, "the bundle has no *.pt, *.pth or *.pt2 file.")
     if "classes.txt" not in texts:
         raise _invalid(source, "the bundle has no classes.txt.")
-    return Archive(model, *os.path.splitext(name), texts, hashed.sha256.hexdigest())
+    sha256 = unzipped.sha256.hexdigest()
+    if expected_sha256 and sha256 != expected_sha256.lower():
+        raise _invalid(
+            source,
+            f"the bundle has the SHA-256 {sha256}, but MODEL_SHA256 demands {expected_sha256}.",
+        )
+    return Archive(source, model, *os.path.splitext(name), texts, sha256)
 
 
 def _read_to_the_end(unzipped: BinaryIO, source: str) -> None:

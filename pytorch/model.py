@@ -10,25 +10,19 @@ A bundle is a tar.gz archive of plain files:
 """
 
 import json
-import os
 import re
 from dataclasses import dataclass
 from typing import BinaryIO
 
-import boto3
-import botocore.config
-import botocore.exceptions
 import numpy as np
 import torch
 from PIL import Image
 
 from archive import KINDS, Archive, unpack
+from download import fetch
 from errors import ModelError
 from network import Network, load
 from preprocessing import IMAGENET, Preprocessing
-
-S3_CONFIG = botocore.config.Config(connect_timeout=5, read_timeout=20, retries={"max_attempts": 2})
-S3_CODES = {"404": "model_not_found", "403": "model_access_denied"}
 
 
 @dataclass
@@ -61,41 +55,29 @@ class Model:
 
     @classmethod
     def from_s3(cls, bucket: str | None, key: str | None) -> "Model":
-        """Download and load the bundle s3://bucket/key.
+        """Download and load the bundle s3://bucket/key, or take over the download that has begun.
 
         If MODEL_SHA256 is set in the environment, no other bundle is accepted. Raises ModelError.
         """
-        if not bucket or not key:
-            raise ModelError(
-                "model_not_configured", "MODEL_BUCKET and MODEL_KEY must name the model bundle."
-            )
-        source = f"s3://{bucket}/{key}"
-        try:
-            body = boto3.client("s3", config=S3_CONFIG).get_object(Bucket=bucket, Key=key)["Body"]
-            return cls.from_archive(body, source, os.environ.get("MODEL_SHA256"))
-        except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as error:
-            raise ModelError(_s3_code(error), f"{source} cannot be read: {error}") from error
+        return cls._load(fetch(bucket, key))
 
     @classmethod
     def from_archive(
         cls, stream: BinaryIO, source: str, expected_sha256: str | None = None
     ) -> "Model":
         """Load a bundle from a stream of its bytes; `source` names it. Raises ModelError."""
-        archive = unpack(stream, source)
-        with archive.model:
-            if expected_sha256 and archive.sha256 != expected_sha256.lower():
-                raise ModelError(
-                    "model_archive_invalid",
-                    f"{source} has the SHA-256 {archive.sha256}, but MODEL_SHA256 demands "
-                    f"{expected_sha256}.",
-                )
-            try:
-                return cls._from_members(archive, source)
-            except ModelError as error:
-                raise ModelError(error.code, f"{source}: {error}") from error
+        return cls._load(unpack(stream, source, expected_sha256))
 
     @classmethod
-    def _from_members(cls, archive: Archive, source: str) -> "Model":
+    def _load(cls, archive: Archive) -> "Model":
+        with archive.model:
+            try:
+                return cls._from_members(archive)
+            except ModelError as error:
+                raise ModelError(error.code, f"{archive.source}: {error}") from error
+
+    @classmethod
+    def _from_members(cls, archive: Archive) -> "Model":
         kind = KINDS[archive.suffix]
         name, temperature = _settings(archive.texts.get("model.json"), archive.name, kind)
         classes = [line.strip() for line in archive.texts["classes.txt"].splitlines()]
@@ -112,7 +94,8 @@ class Model:
                 f"classes.txt has {len(classes)} names, "
                 f"but the model's output for one image has shape {network.outputs}.",
             )
-        return cls(network, classes, preprocessing, source, archive.sha256, kind, name, temperature)
+        source, sha256 = archive.source, archive.sha256
+        return cls(network, classes, preprocessing, source, sha256, kind, name, temperature)
 
     @torch.inference_mode()
     def logits(self, batch: np.ndarray) -> torch.Tensor:
@@ -155,12 +138,3 @@ def _settings(text: str | None, name: str, kind: str) -> tuple[str, float]:
                 f"model.json: {field} cannot be {values.get(field)!r:.100} for a {kind} model.",
             )
     return values["name"], float(temperature)
-
-
-def _s3_code(error: Exception) -> str:
-    if isinstance(error, botocore.exceptions.ClientError):
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        return S3_CODES.get(str(status), "model_unavailable")
-    if isinstance(error, botocore.exceptions.NoCredentialsError):
-        return "model_access_denied"
-    return "model_unavailable"

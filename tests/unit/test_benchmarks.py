@@ -1,13 +1,16 @@
 """What the benchmarks make of their rounds, and that README tells what was measured."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
 
-from benchmarks import cold_start, results
+from benchmarks import bundle, cold_start, init, results
 from local.cli import UserError
+from local.paths import ROOT
 
 README = Path(results.__file__).parents[1] / "README.md"
 BUDGET = {"unzipped": 3, "zipped": 2, "extracted": 1}
@@ -59,3 +62,41 @@ def test_the_picture_has_every_bar(monkeypatch, tmp_path):
 def test_readme_shows_the_stored_run():
     stored = json.loads((results.STORED / "cold-start.json").read_text())
     assert cold_start.table(stored) in README.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("variant", init.WITHOUT)
+def test_init_still_finds_what_it_changes(variant, tmp_path):
+    folder = init.task(variant, tmp_path)
+    changed = {
+        path.name
+        for path in folder.glob("*.py")
+        if path.read_text() != (ROOT / "pytorch" / path.name).read_text()
+    }
+    assert changed == set(init.WITHOUT[variant])
+
+
+def test_the_download_begins_before_torch_is_imported():
+    text = (ROOT / "pytorch" / "app.py").read_text()
+    assert text.index("unzip_requirements") < text.index(init.BEGINS) < text.index("import numpy")
+    code = "import sys, download; assert not {'torch', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT / "pytorch", check=True)
+
+
+def test_second_requests_are_compared_with_the_warm_ones_of_their_round():
+    row = {"cores": 2, "model": "m", "variant": "v", "engine": "e", "first_answer_s": 3.0,
+           "load_ms": 1.0, "first_ms": 9.0}  # fmt: skip
+    rounds = [row | {"second_ms": s, "warm_ms": w} for s, w in [(10, 10), (30, 20), (60, 30)]]
+    (median,) = init.summarise(rounds)
+    assert (median["second_ms"], median["warm_ms"], median["second_to_warm"]) == (30, 20, 1.5)
+    assert "| 2 | m | v | e | 3.00 |" in init.table([median])
+
+
+def test_a_bundle_is_compared_with_the_bare_file_at_the_same_rate():
+    rows = [
+        {"rate_mb_s": rate, "way": way, "fetch_s": 1.0, "load_s": total - 1, "total_s": total}
+        for rate, factor in [(0, 1.5), (80.0, 1.1)]
+        for way, total in [("bundle", 2 * factor), ("bare file", 2.0), ("ready", 5.0)]
+    ]
+    medians, ratios = bundle.summarise(rows)
+    assert ratios == {"0": 1.5, "80": pytest.approx(1.1)}
+    assert "| no limit | bundle | 1.00 | 2.00 | 3.00 | 1.50 |" in bundle.table(medians, ratios)

@@ -191,6 +191,22 @@ def test_only_the_bundle_with_the_demanded_hash_is_loaded(members):
     assert refused.value.code == "model_archive_invalid"
 
 
+def test_a_gzip_file_may_have_parts_of_any_size(members):
+    data = archive(members | {"MODEL_CARD.md": bytes(900_000)})  # long runs, which inflate buffers
+    tar = gzip.decompress(data)
+    parts = [tar[:700], b"", tar[700:-1], tar[-1:]]
+    joined = b"".join(gzip.compress(part) for part in parts)
+    assert load(joined).sha256 == hashlib.sha256(joined).hexdigest()
+    assert load(data).classes == load(joined).classes == CLASSES
+
+
+@pytest.mark.parametrize("change", [lambda d: d[:-1], lambda d: d + b"more", lambda d: d + d[:9]])
+def test_what_does_not_end_like_a_gzip_file_is_refused(members, change):
+    with pytest.raises(ModelError, match=r"not a complete tar.gz archive") as refused:
+        load(change(archive(members)))
+    assert refused.value.code == "model_archive_invalid"
+
+
 def test_a_bomb_behind_the_last_member_is_not_unpacked(members):
     tar = gzip.decompress(archive(members))
     with pytest.raises(ModelError, match="after the last member"):
