@@ -26,6 +26,7 @@ def test_the_layer_answers_as_this_environment_does(files, variant, tmp_path):  
     trained = TrainedModel("resnet18", {}, CLASSES, SMALL, build("resnet18", 3).eval())
     images = [files / "red.png"]
     made = optimize.make(trained, variant, images, tmp_path, images, 1.0)
+    assert made.bytes < (12e6 if variant == "int8" else 50e6)
     optimize.choose(trained, made)
     bundle = create(made.path, CLASSES, SMALL, tmp_path / "b.tar.gz", settings_of(made.path))
     here = Model.from_archive(io.BytesIO(bundle.read_bytes()), "here")
