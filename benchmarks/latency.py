@@ -17,7 +17,8 @@ calibrated on crops of the two photographs that come with scikit-learn. The agre
 variant with `eager` is measured on other crops of them; what int8 costs in accuracy, notebook 02
 measures on a trained model.
 
-Writes BUILD/bench/latency.json with all rounds, medians, and the ratios to ONNX Runtime.
+Writes BUILD/bench/latency.json with all rounds, medians, and the ratios to ONNX Runtime. With the
+default ten rounds that takes five to eight minutes on two cores that do nothing else.
 """
 
 import argparse
@@ -38,10 +39,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from benchmarks.cold_start import processor
+from benchmarks import results
 from layer.packages import Target, serving_packages
 from local.atomic import replacing
-from local.cli import UserError, run
+from local.cli import UserError, run, shown
 from local.paths import BUILD, ROOT
 
 MODELS = ["resnet18", "resnet50"]
@@ -227,13 +228,7 @@ def summarise(rows: list[dict]) -> dict:
             "eager torch": find(rows, rows[0]["model"], most, "eager")["version"],
             "onnxruntime": version("onnxruntime"),
         },
-        "machine": {
-            "processor": processor(),
-            "features": features(),
-            "cores": os.cpu_count(),
-            "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            "system": platform.platform(),
-        },
+        "features": features(),
     }
 
 
@@ -253,18 +248,21 @@ def features() -> list[str]:
 
 
 def table(result: dict) -> str:
-    """Markdown: a row for each model, number of threads and variant; ms, MB of 10^6 bytes."""
-    lines = [
-        "| model | threads | variant | MB | second call, ms | median, ms | ratio | same class |",
-        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in result["rows"]:
-        base = find(result["rows"], row["model"], row["threads"], "onnxruntime")["median"]
-        lines.append(
-            f"| {row['model']} | {row['threads']} | {row['variant']} | {row['bytes'] / 1e6:.1f} "
-            f"| {row['second_call'] * 1e3:.0f} | {row['median'] * 1e3:.1f} "
-            f"| {row['median'] / base:.2f} | {row['same_class']:.0%} |"
-        )
+    """Markdown: a row for each model and variant; ms, MB of 10^6 bytes; ratio as in `summarise`."""
+    rows = result["rows"]
+    threads = sorted({row["threads"] for row in rows})
+    times = [f"{n} thread{'s'[: n - 1]}, ms" for n in threads]
+    header = ["model", "variant", "MB", "second call, ms", *times, "of ONNX Runtime", "same class"]
+    lines = ["| " + " | ".join(header) + " |", "| --- | --- |" + " ---: |" * (len(header) - 2)]
+    for model, ratios in result["ratio"].items():
+        for variant, ratio in ratios.items():
+            by_threads = [find(rows, model, n, variant) for n in threads]
+            last = by_threads[-1]
+            cells = [model, variant, f"{last['bytes'] / 1e6:.1f}"]
+            cells += [f"{last['second_call'] * 1e3:.1f}"]
+            cells += [f"{row['median'] * 1e3:.1f}" for row in by_threads]
+            cells += [f"{ratio:.2f}", f"{last['same_class']:.0%}"]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -299,10 +297,10 @@ def main() -> None:
         prog="benchmarks.latency",
         description="Warm latency of this project's variants, plain PyTorch and ONNX Runtime.",
     )
-    parser.add_argument("--rounds", type=int, default=20, help="(default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=10, help="(default %(default)s)")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--threads", nargs="+", type=int, choices=[1, 2], default=[2, 1])
-    parser.add_argument("--output", type=Path, default=BUILD / "bench" / "latency.json")
+    parser.add_argument("--output", type=Path, help="default: build/bench/latency.json")
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
@@ -311,10 +309,9 @@ def main() -> None:
     packages = serving_packages(Target.create("local"))
     rows = measure(folder, options.models, options.threads, options.rounds, packages)
     result = summarise(rows)
-    with replacing(options.output) as partial:
-        partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    output = results.write("latency", result, options.output)
     print(table(result))
-    print(options.output)
+    print(shown(output))
 
 
 if __name__ == "__main__":

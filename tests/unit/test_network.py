@@ -10,6 +10,8 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+import torchvision
+from networks import small
 from torch import nn
 
 import exported
@@ -24,27 +26,9 @@ from training.trace import serialize, trace_module
 SIZE = 32
 
 
-class Small(nn.Module):
-    """A residual block with all that is fused: batch norm, ReLU, an addition, hardtanh."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU6())
-        self.first = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
-        self.second = nn.Sequential(nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16))
-        self.head = nn.Linear(16, 5)
-
-    def forward(self, x):
-        x = self.stem(x)
-        return self.head(torch.relu(self.second(self.first(x)) + x).mean((2, 3)))
-
-
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    small = Small()
-    small(torch.rand(64, 3, SIZE, SIZE))  # statistics for batch norm
-    return small.eval()
+    return small(5, SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -132,13 +116,16 @@ def test_what_a_fused_addition_changes_in_place_is_not_needed_later(images):
     assert torch.allclose(fused(batch), model(batch.clone()), atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "architecture",
-    ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "densenet121", "shufflenet_v2_x0_5"],
-)
+ARCHITECTURES = ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x0_5"]
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "a small DenseNet"])
 def test_torchvisions_architectures_export(architecture):
     torch.manual_seed(0)
-    model = build(architecture, 7).eval()
+    if architecture in ARCHITECTURES:
+        model = build(architecture, 7).eval()
+    else:
+        model = torchvision.models.DenseNet(8, (2, 2, 2, 2), 16, num_classes=7).eval()
     batch = torch.rand(2, 3, 64, 64)
     loaded = load(memory(export_module(model, batch[:1].numpy())), "export", 64, True)
     with torch.no_grad():
