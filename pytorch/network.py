@@ -102,9 +102,10 @@ def _open_script(file: BinaryIO, fuse: bool) -> tuple[Callable, Callable | None]
         with warnings.catch_warnings():  # that TorchScript is deprecated is known
             warnings.filterwarnings("ignore", r"`torch\.jit", FutureWarning)
             # By name, not as a file object, of which torch would make a copy.
-            script = torch.jit.load(f"/proc/self/fd/{file.fileno()}", map_location="cpu").eval()
-            if hasattr(script, "training"):  # not frozen yet
-                script = torch.jit.freeze(script)
+            script = torch.jit.load(f"/proc/self/fd/{file.fileno()}", map_location="cpu")
+            # Only one that is not frozen yet has `training`; eval() would give it to any.
+            if hasattr(script, "training"):
+                script = torch.jit.freeze(script.eval())
     except Exception as error:  # torch reports a damaged file in many ways
         raise ModelError("model_archive_invalid", last_line(error)) from error
     # A quantised network is fused already.

@@ -21,7 +21,7 @@ from network import load
 from training.export import export_module
 from training.model import build
 from training.quantize import quantize_module
-from training.trace import serialize, trace_module
+from training.trace import freeze, serialize, trace_module
 
 SIZE = 32
 
@@ -74,6 +74,19 @@ def test_both_kinds_answer_as_the_model_does_fused_or_not(model, files, images, 
         batch = torch.from_numpy(image[None])
         with torch.inference_mode():
             assert torch.allclose(loaded(batch), model(batch), atol=1e-5)
+
+
+def test_a_frozen_model_is_not_frozen_again(images, monkeypatch):
+    traced = trace_module(nn.Conv2d(3, 4, 3).eval(), torch.from_numpy(images[:1]))
+    frozen = io.BytesIO(serialize(freeze(traced)))
+    calls, original = [], torch.jit.freeze
+    monkeypatch.setattr(torch.jit, "freeze", lambda module: calls.append(1) or original(module))
+    for data, expected in [(io.BytesIO(serialize(traced)), 1), (frozen, 1)]:
+        with tempfile.TemporaryFile() as file:
+            file.write(data.getvalue())
+            file.flush()
+            load(file, "torchscript", images.shape[2])
+        assert len(calls) == expected
 
 
 def test_a_fused_network_that_disagrees_is_not_used(files, monkeypatch):
