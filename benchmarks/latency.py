@@ -38,7 +38,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from benchmarks.cold_start import processor
+from benchmarks.results import processor
 from layer.packages import Target, serving_packages
 from local.atomic import replacing
 from local.cli import UserError, run
