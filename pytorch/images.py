@@ -15,6 +15,7 @@ from errors import RequestError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 50_000_000
 MAX_WEBP_PIXELS = 25_000_000  # its decoder holds four copies beside the image
+MAX_RLE_PIXELS = 2_000_000  # Pillow decodes run lengths (BMP) in Python
 MAX_SCANS = 30  # of a JPEG; a usual progressive one has 10, and 10 MB have room for 300,000
 MAX_SIDE = 65_535  # pixels, as in a JPEG; for each row there is a pointer beside the pixels
 MAX_READS = 200_000  # under a second; a 10 MB PNG in chunks of 8 kB takes 7,000
@@ -59,6 +60,8 @@ def load_image(data: bytes) -> Image.Image:
     except Exception as error:  # Pillow reports damage in many ways
         raise _broken(error) from None
     limit = MAX_WEBP_PIXELS if image.format == "WEBP" else MAX_PIXELS
+    if image.format == "BMP" and image.info.get("compression") in (1, 2):
+        limit = MAX_RLE_PIXELS
     if image.width * image.height > limit:
         raise _too_large(limit)
     if max(image.size) > MAX_SIDE:

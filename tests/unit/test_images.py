@@ -134,6 +134,19 @@ def test_bombs_in_a_pngs_other_chunks_do_not_explode(kind):
         tracemalloc.stop()
 
 
+def rle_bmp(width: int, height: int, bits: int) -> bytes:
+    """A run-length encoded BMP with empty lines."""
+    head = struct.pack("<IIIIiiHH", 1078, 0, 1078, 40, width, height, 1, bits)
+    head += struct.pack("<IIiiII", {8: 1, 4: 2}[bits], 0, 0, 0, 0, 0)
+    return b"BM" + head + bytes(1024) + b"\1\0\0\0" * height
+
+
+def test_run_lengths_which_are_decoded_in_python_have_a_lower_limit():
+    for bits in (4, 8):
+        assert status(rle_bmp(40, 30, bits)) == 200
+        assert refusal(rle_bmp(2000, 1001, bits)).status == 413
+
+
 def in_parts(form: str, part: bytes, count: int) -> bytes:
     """An image with `count` times the same part in front of the others."""
     head = {"PNG": 33, "JPEG": 2, "GIF": 13 + 3 * 4}[form]
