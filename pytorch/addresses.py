@@ -68,6 +68,9 @@ PRIVATE_NAMES = re.compile(
 )
 HOST_NAME = re.compile(r"(?!-)[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")
 
+NUMBER = re.compile(r"\d+|0x[0-9a-f]*")
+ZONE = re.compile(r"[\w.~%-]*", re.ASCII)  # of an IPv6 address, after its percent sign
+
 
 @dataclass(frozen=True)
 class Address:
@@ -146,6 +149,8 @@ def _bad(why: str) -> RequestError:
 def _host(name: str) -> str:
     """One spelling of a host: lower-case ASCII, no final dot. Raises RequestError(400)."""
     if ":" in name:
+        if not ZONE.fullmatch(name.partition("%")[2]):
+            raise _bad("has no valid host")
         try:
             return str(ipaddress.IPv6Address(name))
         except ValueError:
@@ -160,6 +165,13 @@ def _host(name: str) -> str:
     name = name.lower().removesuffix(".")
     if len(name) > 253 or not HOST_NAME.fullmatch(name):
         raise _bad("has no valid host")
+    # What ends in a number is an IPv4 address or nothing, https://url.spec.whatwg.org/#host-parsing;
+    # the resolver would ask the name service for 256.1.1.1, and wait.
+    if NUMBER.fullmatch(name.rpartition(".")[2]):
+        try:
+            socket.inet_aton(name)
+        except OSError:
+            raise _bad("has no valid host") from None
     return name
 
 

@@ -134,6 +134,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     if min(image.size) < 1:
         raise ValueError("the image is empty")
+    image.load()  # while its file is open: an RGB image is returned as it is
     upright = UPRIGHT.get(_orientation(image))
     if upright is not None:
         image = image.transpose(upright)

@@ -54,6 +54,15 @@ def quantize(trained: TrainedModel, calibration: Sequence[Path], output: Path) -
     return output
 
 
+def check_quantizable(model: torch.nn.Module) -> None:
+    """Raises UserError for a TorchScript module."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UserError(
+            "a TorchScript file cannot be quantised: its operations are fixed, and quantisation "
+            "replaces them; choose the variant fp32, or quantise before tracing"
+        )
+
+
 def quantize_module(model: torch.nn.Module, inputs: np.ndarray) -> torch.jit.ScriptModule:
     """An int8 copy of `model`, calibrated on `inputs` of (N, 3, height, width), and traced.
 
@@ -62,11 +71,7 @@ def quantize_module(model: torch.nn.Module, inputs: np.ndarray) -> torch.jit.Scr
     Raises:
         UserError: the model is TorchScript, or its forward pass depends on the data.
     """
-    if isinstance(model, torch.jit.ScriptModule):
-        raise UserError(
-            "a TorchScript file cannot be quantised: its operations are fixed, and quantisation "
-            "replaces them; choose the variant fp32, or quantise before tracing"
-        )
+    check_quantizable(model)
     if ENGINE not in torch.backends.quantized.supported_engines:
         raise UserError("int8 needs a torch with oneDNN's quantised operators")
     example = torch.from_numpy(inputs[:1])

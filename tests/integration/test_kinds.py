@@ -33,7 +33,8 @@ def test_the_layer_answers_as_this_environment_does(files, variant, tmp_path):  
     (expected,) = here.predict([Image.open(images[0])])
     key = f"models/{variant}.tar.gz"
     upload(bundle, BUCKET, key)
-    variables = {"PyTorchFunction": {"MODEL_BUCKET": BUCKET, "MODEL_KEY": key}}
+    variables = json.loads((files / "env.json").read_text())
+    variables["PyTorchFunction"]["MODEL_KEY"] = key
     (files / "env.json").write_text(json.dumps(variables))
     done = invoke(files)
     body = json.loads(json.loads(done.stdout)["body"])

@@ -75,6 +75,8 @@ MALFORMED = [
     *("http://a b.com/", "http://a.com\\@127.0.0.1/", "http:\\\\127.0.0.1\\", "http://127.0.0.1\\.a.com/"),
     *("http://127.0.0.1\t/", "http://127.0.0.1\n/", "http://a.com/\r\nHost: b.com", "http://a.com\0.b.com/"),
     *(" http://127.0.0.1/", "http://127.0.0.1/ ", "\x01http://127.0.0.1/", "ht\ntp://127.0.0.1/"),
+    *("http://256.1.1.1/", "http://1.2.3.4.5/", "http://1.2.3.08/", "http://a.1/", "http://a.0x7f/", "http://4294967296/"),
+    *("http://[2606:4700::1% a]/", "http://[fe80::1%☃]/", "http://[::1%a/b]/"),
     *("http://127%2e0%2e0%2e1/", "http://%31%32%37.0.0.1/", "http://a%00.com/"),
     *("http://a,b.com/", "http://a;b.com/", "http://a!b.com/", "http://$(id).com/", "http://`id`.com/"),
     *("http://{a}.com/", "http://a|b.com/", "http://<a>.com/", "http://a\u202e.com/", "http://a\u2100.com/"),

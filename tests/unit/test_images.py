@@ -134,6 +134,55 @@ def test_bombs_in_a_pngs_other_chunks_do_not_explode(kind):
         tracemalloc.stop()
 
 
+def rle_bmp(width: int, height: int, bits: int) -> bytes:
+    """A run-length encoded BMP with empty lines."""
+    head = struct.pack("<IIIIiiHH", 1078, 0, 1078, 40, width, height, 1, bits)
+    head += struct.pack("<IIiiII", {8: 1, 4: 2}[bits], 0, 0, 0, 0, 0)
+    return b"BM" + head + bytes(1024) + b"\1\0\0\0" * height
+
+
+def test_run_lengths_which_are_decoded_in_python_have_a_lower_limit():
+    for bits in (4, 8):
+        assert status(rle_bmp(40, 30, bits)) == 200
+        assert refusal(rle_bmp(2000, 1001, bits)).status == 413
+
+
+def in_parts(form: str, part: bytes, count: int) -> bytes:
+    """An image with `count` times the same part in front of the others."""
+    head = {"PNG": 33, "JPEG": 2, "GIF": 13 + 3 * 4}[form]
+    return FORMS[form][:head] + part * count + FORMS[form][head:]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [  # Pillow alone takes 60, 8, 4 and 3 s for as much of it as 10 MB hold
+        in_parts("JPEG", b"\xff\xe1\0\x12Exif\0\0" + bytes(10), 101),
+        in_parts("PNG", chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(1_000_000), 9)), 101),
+        in_parts("PNG", chunk(b"abCd", b""), 800_000),
+        in_parts("JPEG", b"\xff\xe5\0\2", 2_400_000),
+        in_parts("GIF", b"!\xfe\1a\0", 1_900_000),
+    ],
+    ids=["JPEG, EXIF", "PNG, profiles", "PNG, chunks", "JPEG, segments", "GIF, comments"],
+)
+def test_a_file_of_too_many_parts_is_a_413(data):
+    failure = refusal(data)
+    assert (failure.status, failure.code) == (413, "too_large")
+    assert "too many parts" in str(failure)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        in_parts("JPEG", b"\xff\xe1\0\x12Exif\0\0" + bytes(10), 99),
+        in_parts("PNG", chunk(b"abCd", b""), 10_000),
+        in_parts("GIF", b"!\xfe\1a\0", 10_000),
+    ],
+    ids=["JPEG, EXIF", "PNG, chunks", "GIF, comments"],
+)
+def test_a_file_of_many_parts_is_read(data):
+    assert status(data) == 200
+
+
 def test_many_text_chunks_do_not_add_up():
     info = PngImagePlugin.PngInfo()
     for i in range(200):
@@ -148,11 +197,12 @@ def test_many_text_chunks_do_not_add_up():
         png(2**31 - 1, 2**31 - 1, b""),
         png(1, 50_000_001, zlib.compress(b"")),
         png(50_000_001, 1, zlib.compress(b"")),
+        png(1, 65_536, zlib.compress(b"")),
         b"GIF89a\xff\xff\xff\xff\0\0\0,\0\0\0\0\xff\xff\xff\xff\0\x02\x02\x44\x01\0;",
         b"BM" + struct.pack("<IIIIiiHHIIiiII", 54, 0, 54, 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0),
         encoded(RGB, "JPEG").replace(b"\0\x1e\0\x28", b"\xff\xff\xff\xff", 1),
     ],
-    ids=["png", "png, largest", "png, high", "png, wide", "gif", "bmp", "jpeg"],
+    ids=["png", "png, largest", "png, high", "png, wide", "png, narrow", "gif", "bmp", "jpeg"],
 )  # fmt: skip
 def test_too_many_pixels_are_a_413_before_they_are_decoded(data):
     tracemalloc.start()

@@ -86,7 +86,7 @@ def test_a_torchscript_file_is_frozen_and_nothing_else(trained, images, tmp_path
     assert made.same_class == 1
     for name, words in (("int8", "cannot be quantised"), ("export", "cannot be exported")):
         with pytest.raises(UserError, match=words):
-            optimize.make(own, name, images, tmp_path, images, 1.0)
+            optimize.make(own, name, images, tmp_path, None, 1.0)
     assert freeze(freeze(script))
 
 

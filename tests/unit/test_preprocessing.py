@@ -122,6 +122,14 @@ def test_16_bit_files_are_scaled(big_endian):
     assert to_rgb(Image.open(file)).getpixel((0, 0)) == (128, 128, 128)
 
 
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "BMP"])
+def test_what_is_rgb_already_is_loaded_before_its_file_is_closed(tmp_path, form):
+    Image.new("RGB", (4, 3), "red").save(tmp_path / "image", form)
+    with Image.open(tmp_path / "image") as image:
+        rgb = to_rgb(image)
+    assert len(rgb.tobytes()) == 36
+
+
 def test_a_mode_without_a_way_to_rgb_is_refused(monkeypatch):
     # LAB needs Pillow's colour management, which not every build of Pillow has.
     monkeypatch.delattr(PIL, "ImageCms", raising=False)
