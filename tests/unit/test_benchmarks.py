@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 
-from benchmarks import bundle, cold_start, init, results
+from benchmarks import bundle, cold_start, init, latency, results
 from local.cli import UserError
 from local.paths import ROOT
 
@@ -59,9 +59,41 @@ def test_the_picture_has_every_bar(monkeypatch, tmp_path):
     plt.close(figure)
 
 
-def test_readme_shows_the_stored_run():
-    stored = json.loads((results.STORED / "cold-start.json").read_text())
-    assert cold_start.table(stored) in README.read_text(encoding="utf-8")
+@pytest.mark.parametrize(("name", "benchmark"), [("cold-start", cold_start), ("latency", latency)])
+def test_readme_shows_the_stored_run(name, benchmark):
+    stored = json.loads((results.STORED / f"{name}.json").read_text())
+    assert benchmark.table(stored) in README.read_text(encoding="utf-8")
+
+
+def latency_row(variant, threads, seconds):
+    return {
+        "model": "m", "threads": threads, "variant": variant, "version": "2", "bytes": 10,
+        "median": seconds / threads, "second_call": seconds, "same_class": 1.0,
+        "max_difference": 0.01 * (variant == "int8"),
+    }  # fmt: skip
+
+
+def latency_rows(**seconds):
+    return [latency_row(variant, n, s) for n in (2, 1) for variant, s in seconds.items()]
+
+
+def test_latency_is_compared_with_onnx_runtime_at_most_threads():
+    rows = latency_rows(eager=8, traced=6, fp32=4, int8=2, export=4, onnxruntime=4)
+    result = latency.summarise(rows)
+    assert result["ratio"]["m"] == {
+        "eager": 2, "traced": 1.5, "fp32": 1, "int8": 0.5, "export": 1, "onnxruntime": 1,
+    }  # fmt: skip
+    assert "| m | int8 | 0.0 | 2000.0 | 2000.0 | 1000.0 | 0.50 | 100% |" in latency.table(result)
+    figure = latency.plot(result)
+    assert len(figure.axes[0].patches) == len(rows)
+    plt.close(figure)
+
+
+def test_a_float_variant_that_answers_differently_is_no_result():
+    rows = latency_rows(eager=8, fp32=4, int8=2, onnxruntime=4)
+    rows[1]["max_difference"] = 0.01
+    with pytest.raises(UserError, match="m fp32 answers differently"):
+        latency.summarise(rows)
 
 
 @pytest.mark.parametrize("variant", init.WITHOUT)
