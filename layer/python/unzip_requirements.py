@@ -120,7 +120,7 @@ class Library:
         except FileNotFoundError:
             return False
 
-        def check(start: int, compressed: int, position: int, size: int, crc32: int) -> None:
+        def check(_, start: int, compressed: int, position: int, size: int, crc32: int) -> None:
             with mmap.mmap(fd, size, offset=position, access=mmap.ACCESS_READ) as unpacked:
                 if zlib.crc32(unpacked) != crc32:
                     raise ValueError("it has been changed")
@@ -145,10 +145,10 @@ class Library:
         os.posix_fallocate(fd, 0, self.entry["size"])  # a full disk is an error here, no SIGBUS
         source = os.path.join(REQUIREMENTS, self.entry["frames"])
 
-        def write(start: int, compressed: int, position: int, size: int, crc32: int) -> None:
+        def write(zstd, start: int, compressed: int, position: int, size: int, crc32: int) -> None:
             frame = view[start : start + compressed]
             with (
-                self.zstd.ZstdDecompressor().stream_reader(frame) as reader,
+                zstd.stream_reader(frame) as reader,
                 mmap.mmap(fd, size, offset=position) as target,
             ):
                 # Without readahead the page cache keeps single pages; in large ones, every touch
@@ -168,14 +168,18 @@ class Library:
             raise Damaged(source, error) from None
 
     def _for_each_frame(self, work) -> None:
-        """Calls `work` with each frame's entry in the index, on every core there is."""
+        """Calls `work` with each frame's entry in the index, on every core there is.
+
+        Each core has one decompressor, because that keeps its window of 16 MB.
+        """
         frames = iter(self.entry["index"])
         errors: list[Exception] = []
 
         def run() -> None:
+            decompressor = self.zstd.ZstdDecompressor()
             try:
                 for frame in frames:
-                    work(*frame)
+                    work(decompressor, *frame)
             except Exception as error:
                 errors.append(error.with_traceback(None))  # which would hold on to the mapping
 
