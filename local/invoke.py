@@ -31,6 +31,7 @@ from layer.packages import REQUIREMENTS
 from local.atomic import replacing
 from local.cli import UserError, run
 from local.paths import BUILD, ROOT
+from local.processes import die_with_parent
 
 PYTHON = ROOT / ".venv-aws" / "bin" / "python"
 LAYER = ROOT / "layer" / default_name(REQUIREMENTS)
@@ -70,7 +71,7 @@ def running(
         stdout=log,
         stderr=log,
         start_new_session=True,
-        preexec_fn=(lambda: os.sched_setaffinity(0, cores)) if cores else None,
+        preexec_fn=lambda: _before_the_emulator(cores),
         env={
             "PATH": os.environ["PATH"],
             "TMPDIR": str(scratch),
@@ -90,6 +91,13 @@ def running(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _before_the_emulator(cores: set[int] | None) -> None:
+    """In the new process: it ends with this one, even if that is killed."""
+    die_with_parent(signal.SIGTERM)
+    if cores:
+        os.sched_setaffinity(0, cores)
 
 
 def free_ports(count: int) -> list[int]:

@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from PIL import Image
 from test_deploy import BUCKET, shell, upload_model
@@ -66,3 +68,25 @@ def test_without_the_layer_a_sentence(files):
     done = invoke(files, "--layer", files / "missing.zip")
     assert done.returncode == 1
     assert "create_layer_zipfile.sh" in done.stderr
+
+
+def test_nothing_is_left_running_by_a_kill(files):
+    command = [sys.executable, "-m", "local.invoke", "-e", files / "event.json"]
+    process = subprocess.Popen(
+        [*command, "-n", files / "env.json"], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    (emulator,) = wait_for(lambda: psutil.Process(process.pid).children())
+    (runtime,) = wait_for(emulator.children)
+    process.kill()
+    process.communicate()
+    gone, alive = psutil.wait_procs([emulator, runtime], timeout=10)
+    assert not alive
+
+
+def wait_for(children):
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        if found := children():
+            return found
+        time.sleep(0.05)
+    raise AssertionError("no process was started")
