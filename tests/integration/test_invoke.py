@@ -79,7 +79,7 @@ def test_nothing_is_left_running_by_a_kill(files):
     (runtime,) = wait_for(emulator.children)
     process.kill()
     process.communicate()
-    gone, alive = psutil.wait_procs([emulator, runtime], timeout=10)
+    _, alive = psutil.wait_procs([emulator, runtime], timeout=10)
     assert not alive
 
 
