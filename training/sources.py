@@ -16,7 +16,7 @@ import sys
 import traceback
 import urllib.error
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -155,8 +155,9 @@ def from_checkpoint(path: Path, architecture: str, classes: Path | None) -> Trai
 def from_torchscript(path: Path, classes: Path, preprocessing: Preprocessing) -> TrainedModel:
     """A TorchScript file, whatever made it.
 
-    It has to map float32 of (N, 3, crop, crop) to (N, classes). If the answers are probabilities
-    already, their logarithm is taken, as whoever serves the model computes a softmax.
+    It has to map float32 of (N, 3, crop, crop) to (N, classes), or to a tuple or dict with that. If
+    the answers are probabilities already, their logarithm is taken, as whoever serves the model
+    computes a softmax.
 
     Raises:
         UserError: the file is missing or no TorchScript file, or does not take or give that.
@@ -168,7 +169,10 @@ def from_torchscript(path: Path, classes: Path, preprocessing: Preprocessing) ->
         model = load_torchscript(archive)
     except RuntimeError as error:
         raise UserError(f"{path} is damaged or not a TorchScript file") from error
-    trained = TrainedModel(
+    served = _served(model, names, preprocessing, path)
+    if served is not model:
+        model, archive = _traced(served, preprocessing.crop)
+    return TrainedModel(
         architecture=slug(path.stem),
         options={},
         classes=names,
@@ -177,11 +181,6 @@ def from_torchscript(path: Path, classes: Path, preprocessing: Preprocessing) ->
         configuration={"source": "torchscript"},
         archive=archive,
     )
-    _check(trained, path)
-    if _answers_probabilities(trained):
-        print(f"{path.name} answers with probabilities; their logarithms are served instead")
-        trained.model, trained.archive = _traced(_LogProbabilities(model), preprocessing.crop)
-    return trained
 
 
 def from_module(
@@ -204,20 +203,17 @@ def from_module(
         raise UserError(f"{reference} returned {type(model).__name__}, not a torch.nn.Module")
     if weights is not None:
         _load(model, read_state_dict(weights), weights, reference)
-    trained = TrainedModel(
+    served = _served(model.eval().cpu(), names, preprocessing, reference)
+    traced, archive = _traced(served, preprocessing.crop)
+    return TrainedModel(
         architecture=slug(type(model).__name__),
         options={},
         classes=names,
         preprocessing=preprocessing,
-        model=model.eval().cpu(),
+        model=traced,
         configuration={"source": "module"},
+        archive=archive,
     )
-    _check(trained, reference)
-    if _answers_probabilities(trained):
-        print(f"{reference} answers with probabilities; their logarithms are served instead")
-        model = _LogProbabilities(model)
-    trained.model, trained.archive = _traced(model, preprocessing.crop)
-    return trained
 
 
 def read_class_names(path: Path) -> list[str]:
@@ -295,6 +291,19 @@ def read_preprocessing(value: str | dict | None) -> Preprocessing | None:
         raise UserError(f"the preprocessing cannot be read from {value!r}: {error}") from error
 
 
+class _Logits(nn.Module):
+    """The logits alone, of a model that answers with a tuple (of which they come first, as with
+    torchvision's auxiliary outputs) or a dict (`logits`, as with Hugging Face's)."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        outputs = self.model(batch)
+        return outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+
+
 class _LogProbabilities(nn.Module):
     """softmax(log p) is p."""
 
@@ -330,12 +339,22 @@ def _traced(model: nn.Module, size: int) -> tuple[torch.jit.ScriptModule, bytes]
     return loaded, archive
 
 
-def _check(trained: TrainedModel, name: object) -> None:
-    """Run the model on an image, as only that shows what it takes and gives."""
-    size, count = trained.preprocessing.crop, len(trained.classes)
+def _served(
+    model: nn.Module, classes: list[str], preprocessing: Preprocessing, name: object
+) -> nn.Module:
+    """The module, or one around it that gives float32 logits. Running it on an image shows what it
+    takes and gives. Raises UserError if it takes no such image or gives something else."""
+    size, count, served = preprocessing.crop, len(classes), model
+    if {tensor.dtype for tensor in model.parameters()} & {torch.float16, torch.bfloat16}:
+        print(f"{name} has weights of half precision; they are served as float32")
+        served = nn.Sequential(model.float())
     try:
         with torch.inference_mode():
-            outputs = trained.model(_noise(1, size))
+            outputs = served(_noise(1, size))
+            if isinstance(outputs, Mapping | tuple | list):
+                print(f"{name} answers with more than logits; those alone are served")
+                served = _Logits(served)
+                outputs = served(_noise(1, size))
     except Exception as error:  # of code that is not ours
         raise UserError(
             f"{name} fails on images of 3 x {size} x {size}: {_last_line(error)}"
@@ -346,13 +365,15 @@ def _check(trained: TrainedModel, name: object) -> None:
         raise UserError(f"{name} has {outputs.shape[1]} outputs, but there are {count} classes")
     if outputs.dtype != torch.float32 or not outputs.isfinite().all():
         raise UserError(f"{name} does not answer with finite float32 numbers")
+    if _answers_probabilities(served, size):
+        print(f"{name} answers with probabilities; their logarithms are served instead")
+        served = _LogProbabilities(served)
+    return served
 
 
-def _answers_probabilities(trained: TrainedModel) -> bool:
+def _answers_probabilities(model: nn.Module, size: int) -> bool:
     with torch.inference_mode():
-        outputs = torch.cat(
-            [trained.model(image[None]) for image in _noise(4, trained.preprocessing.crop)]
-        )
+        outputs = torch.cat([model(image[None]) for image in _noise(4, size)])
     sums = torch.ones(len(outputs))
     return bool((outputs >= 0).all()) and torch.allclose(outputs.sum(1), sums, atol=1e-4)
 

@@ -1,7 +1,10 @@
 """Models from elsewhere: torchvision's, state_dicts, TorchScript files, modules of one's own."""
 
+import copy
 import io
 import json
+import sys
+from types import SimpleNamespace
 
 import photographs
 import pytest
@@ -198,6 +201,47 @@ def test_probabilities_are_served_as_such(source, network, classes, tmp_path, ca
         assert torch.allclose(trained.model(image).softmax(1), module(image), atol=1e-5)
 
 
+class Answering(nn.Module):
+    """A network's logits, in the forms in which they come."""
+
+    def __init__(self, network: nn.Module, form: str):
+        super().__init__()
+        self.network, self.form = network, form
+
+    def forward(self, x):
+        if self.form == "half":
+            return self.network(x)
+        if self.form == "tuple":
+            return self.network(x), x
+        return {"hidden": x, "logits": self.network(x)}
+
+
+@pytest.mark.parametrize("source", ["torchscript", "module"])
+@pytest.mark.parametrize(
+    ("form", "sentence"),
+    [("half", "half precision"), ("tuple", "more than logits"), ("dict", "more than logits")],
+)
+def test_logits_are_found(source, form, sentence, network, classes, tmp_path, capsys, monkeypatch):
+    model = Answering(copy.deepcopy(network), form)
+    if form == "half":
+        model = model.half()
+    monkeypatch.setitem(sys.modules, "somebodys", SimpleNamespace(make=lambda: model))
+    if source == "torchscript":
+        example = torch.rand(1, 3, 32, 32, dtype=torch.half if form == "half" else None)
+        torch.jit.save(torch.jit.trace(model, example, strict=False), tmp_path / "model.pt")
+    trained = get_model(
+        source,
+        model_file=tmp_path / "model.pt" if source == "torchscript" else "somebodys:make",
+        classes_file=classes,
+        preprocessing=SIZE,
+        output=tmp_path / "out",
+    )
+    assert sentence in capsys.readouterr().out
+    image = torch.rand(2, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.allclose(trained.model(image), network(image), atol=1e-2)
+
+
 def test_torchscript_files_that_cannot_be_served(network, classes, tmp_path):
     def take(path, names=classes, preprocessing=SIZE):
         with pytest.raises(UserError) as error:
@@ -210,10 +254,6 @@ def test_torchscript_files_that_cannot_be_served(network, classes, tmp_path):
             )
         return str(error.value)
 
-    class Two(nn.Module):
-        def forward(self, x):
-            return x.mean((2, 3)), x
-
     (tmp_path / "text.pt").write_text("no model")
     (tmp_path / "two.txt").write_text("cat\ndog\n")
     good = script(network, tmp_path / "good.pt")
@@ -221,7 +261,7 @@ def test_torchscript_files_that_cannot_be_served(network, classes, tmp_path):
     assert "not a TorchScript file" in take(tmp_path / "text.pt")
     assert "3 outputs, but there are 2 classes" in take(good, tmp_path / "two.txt")
     assert "names of the classes" in take(good, None)
-    assert "one row of numbers" in take(script(Two(), tmp_path / "tuple.pt"))
+    assert "one row of numbers" in take(script(nn.Flatten(0), tmp_path / "flat.pt"))
     flat = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 3))
     assert "fails on images of 3 x 224 x 224" in take(
         script(flat, tmp_path / "flat.pt"), preprocessing=None
