@@ -5,12 +5,13 @@ Nothing here needs torch, so that the download can run while torch is being impo
 
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import BinaryIO
 
 import boto3
 import botocore.config
 import botocore.exceptions
 
-from archive import Archive, unpack
+from archive import CHUNK, Archive, unpack
 from errors import ModelError
 
 CONFIG = botocore.config.Config(connect_timeout=5, read_timeout=20, retries={"max_attempts": 2})
@@ -34,6 +35,27 @@ def fetch(bucket: str | None, key: str | None) -> Archive:
     return running.result() if running else download(bucket, key)
 
 
+class Ahead:
+    """A stream whose next piece is read while the last one is used."""
+
+    def __init__(self, stream: BinaryIO):
+        self.stream = stream
+        self.executor = ThreadPoolExecutor(1)
+        self.piece = self.executor.submit(stream.read, CHUNK)
+
+    def read(self, _size: int) -> bytes:
+        """A piece of CHUNK bytes, a smaller one at the end, then none; or the stream's error."""
+        data = self.piece.result()
+        self.piece = self.executor.submit(self.stream.read, CHUNK)
+        return data
+
+    def __enter__(self) -> "Ahead":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.executor.shutdown()
+
+
 def download(bucket: str | None, key: str | None) -> Archive:
     """The same, here and now.
 
@@ -46,7 +68,8 @@ def download(bucket: str | None, key: str | None) -> Archive:
     source = f"s3://{bucket}/{key}"
     try:
         body = boto3.client("s3", config=CONFIG).get_object(Bucket=bucket, Key=key)["Body"]
-        return unpack(body, source, os.environ.get("MODEL_SHA256"))
+        with body, Ahead(body) as stream:
+            return unpack(stream, source, os.environ.get("MODEL_SHA256"))
     except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as error:
         raise ModelError(_code(error), f"{source} cannot be read: {error}") from error
 
