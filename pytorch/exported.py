@@ -289,12 +289,12 @@ def fuse(program: Program) -> Program:
             others = [name for name in operands if name != step.outputs]
             in_place = steps[addition].operator == torch.ops.aten.add_.Tensor
             # The other operand must be there already; the fused addition leaves it as it is, so
-            # that one in place can only be replaced if nobody reads the operand later.
+            # that `other.add_(convolution)` can only be replaced if nobody reads `other` later.
             if (
                 len(others) == 1
                 and isinstance(others[0], Name)
                 and producer.get(others[0], len(steps)) < i
-                and not (in_place and len(readers[others[0]]) > 1)
+                and not (in_place and others[0] == operands[0] and len(readers[others[0]]) > 1)
             ):
                 inputs["other"] = others[0]
                 absorb(i, addition)

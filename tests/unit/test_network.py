@@ -111,22 +111,28 @@ def test_fusion_leaves_only_what_cannot_be_fused(files):
     assert [step.kind for step in fused.steps] == ["convolution"] * 3 + ["mean", "linear"]
 
 
-def test_what_a_fused_addition_changes_in_place_is_not_needed_later(images):
-    class Reused(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 3, 1)
+class Added(nn.Module):
+    """An addition in place, to the convolution or to its input, which is read later."""
 
-        def forward(self, x):
-            x = x * 1
-            y = x.add_(self.conv(x))
-            return (x + y).mean((2, 3))
+    def __init__(self, to: str):
+        super().__init__()
+        self.conv, self.to = nn.Conv2d(3, 3, 1), to
 
-    model = Reused().eval()
+    def forward(self, x):
+        x = x * 1
+        y = x.add_(self.conv(x)) if self.to == "input" else self.conv(x).add_(x)
+        return (x + y).mean((2, 3))
+
+
+@pytest.mark.parametrize(("to", "fuses"), [("input", False), ("convolution", True)])
+def test_what_an_addition_changes_in_place_is_seen_later(images, to, fuses):
+    model = Added(to).eval()
     data = export_module(model, images[:1])
     batch = torch.from_numpy(images[1:2])
     fused = exported.fuse(exported.load(memory(data)))
     assert torch.allclose(fused(batch), model(batch.clone()), atol=1e-6)
+    additions = [step for step in fused.steps if step.kind == "add"]
+    assert len(additions) == (1 if fuses else 2)
 
 
 ARCHITECTURES = ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x0_5"]
