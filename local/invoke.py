@@ -24,6 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
+import psutil
 import requests
 
 from layer.build import default_name
@@ -88,9 +89,7 @@ def running(
         wait_for(address, process)
         yield f"http://{address}/2015-03-31/functions/function/invocations"
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        stop(process)
 
 
 def _before_the_emulator(cores: set[int] | None) -> None:
@@ -98,6 +97,18 @@ def _before_the_emulator(cores: set[int] | None) -> None:
     die_with_parent(signal.SIGTERM)
     if cores:
         os.sched_setaffinity(0, cores)
+
+
+def stop(emulator: subprocess.Popen) -> None:
+    """End it and the runtime, which it has put into a group of its own."""
+    family = [emulator]
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family += psutil.Process(emulator.pid).children(recursive=True)
+    for process in family:
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(family[1:], timeout=5)
+    emulator.wait()
 
 
 def free_ports(count: int) -> list[int]:

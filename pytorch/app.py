@@ -68,7 +68,7 @@ def lambda_handler(event: dict, context: object) -> dict:
         log |= {"error": failure.code, **({"detail": failure.detail} if failure.detail else {})}
     log |= {"status": status, **timings}
     logger.info("request", extra={"fields": log | metrics(log)})
-    return respond(status, body)
+    return respond(status, body, failure.headers if failure else {})
 
 
 def answer(event: dict, context: object, timings: Timings) -> dict:
@@ -148,11 +148,11 @@ def described(error: RequestError) -> dict:
     return {"code": error.code, "message": str(error)}
 
 
-def respond(status: int, body: dict) -> dict:
+def respond(status: int, body: dict, headers: dict[str, str]) -> dict:
     """A proxy response with a JSON body, as all kinds of API Gateway take it."""
     return {
         "statusCode": status,
-        "headers": {"Content-Type": "application/json"},
+        "headers": {"Content-Type": "application/json"} | headers,
         "body": json.dumps(body),
     }
 

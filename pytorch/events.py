@@ -68,7 +68,8 @@ def _route(event: dict) -> str:
     if expected is None:
         raise RequestError(404, "not_found", "There is only POST /invocations and GET /health.")
     if method != expected:
-        raise RequestError(405, "method_not_allowed", f"Only {expected} is answered here.")
+        sentence = f"Only {expected} is answered here."
+        raise RequestError(405, "method_not_allowed", sentence, headers={"Allow": expected})
     return route
 
 

@@ -11,6 +11,7 @@ import torch
 
 from local.atomic import replacing
 from local.cli import UserError
+from training.convert import to_module
 from training.model import TrainedModel
 from training.trace import (
     PROVENANCE,
@@ -49,17 +50,16 @@ def export_module(
     """The bytes of a torch.export archive, without the files and lines that the model came from.
 
     Raises:
-        UserError: the model is TorchScript, or does what torch.export cannot record.
+        UserError: the model is TorchScript that cannot be converted, or does what torch.export
+            cannot record.
     """
+    image = torch.from_numpy(example.copy())
     if isinstance(model, torch.jit.ScriptModule):
-        raise UserError(
-            "a TorchScript file cannot be exported: torch.export needs the model's Python code; "
-            "choose the variant fp32"
-        )
+        model = to_module(model, image)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore", DeprecationWarning)
-            program = torch.export.export(model.eval(), (torch.from_numpy(example.copy()),))
+            program = torch.export.export(model.eval(), (image,))
             buffer = io.BytesIO()
             torch.export.save(program, buffer, extra_files=extra_files or {})
     except Exception as error:  # the exporter has an exception for everything it cannot do

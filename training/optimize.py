@@ -24,7 +24,7 @@ from local.paths import ROOT
 from training.data import DIGITS, write_digits
 from training.export import export
 from training.model import TrainedModel
-from training.quantize import check_quantizable, quantize
+from training.quantize import quantize
 from training.trace import (
     check_in_serving,
     find_images,
@@ -93,7 +93,6 @@ def make(
     elif name == "export":
         export(trained, images, path)
     else:
-        check_quantizable(trained.model)  # before images are looked for
         quantize(trained, calibration or calibration_images(trained), path)
     inputs = load_images(images, trained.preprocessing)
     expected = run_model(trained.model, inputs)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from local.atomic import replacing
 from local.cli import UserError
+from training.convert import to_module
 from training.model import TrainedModel
 from training.trace import (
     PROVENANCE,
@@ -54,27 +55,20 @@ def quantize(trained: TrainedModel, calibration: Sequence[Path], output: Path) -
     return output
 
 
-def check_quantizable(model: torch.nn.Module) -> None:
-    """Raises UserError for a TorchScript module."""
-    if isinstance(model, torch.jit.ScriptModule):
-        raise UserError(
-            "a TorchScript file cannot be quantised: its operations are fixed, and quantisation "
-            "replaces them; choose the variant fp32, or quantise before tracing"
-        )
-
-
 def quantize_module(model: torch.nn.Module, inputs: np.ndarray) -> torch.jit.ScriptModule:
     """An int8 copy of `model`, calibrated on `inputs` of (N, 3, height, width), and traced.
 
     Convolutions are fused with the additions and ReLUs after them (oneDNN's engine only).
 
     Raises:
-        UserError: the model is TorchScript, or its forward pass depends on the data.
+        UserError: the model is TorchScript that cannot be converted, or its forward pass depends on
+            the data.
     """
-    check_quantizable(model)
     if ENGINE not in torch.backends.quantized.supported_engines:
         raise UserError("int8 needs a torch with oneDNN's quantised operators")
     example = torch.from_numpy(inputs[:1])
+    if isinstance(model, torch.jit.ScriptModule):
+        model = to_module(model, example)
     settings = get_default_qconfig_mapping("x86")  # 7 bits; oneDNN's own preset takes 8
     fusions = get_onednn_backend_config()
     with warnings.catch_warnings(), _engine(), torch.no_grad():

@@ -144,7 +144,10 @@ class TestEventsOfBothFormats:
         ],
     )
     def test_other_routes(self, ready, make, method, path, status):
-        assert handle(make(method, path, body="{}"))[0] == status
+        answer = app.lambda_handler(make(method, path, body="{}"), None)
+        assert answer["statusCode"] == status
+        expected = "GET" if path == "/health" else "POST"
+        assert answer["headers"].get("Allow") == (expected if status == 405 else None)
 
     def test_the_root_of_a_function_url(self, ready, web, make):
         body = json.dumps({"url": web.serve("/image", png("red"))})

@@ -79,15 +79,19 @@ def test_a_variant_that_loses_too_much_is_refused_and_removed(trained, images, t
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_torchscript_file_is_frozen_and_nothing_else(trained, images, tmp_path):
+@pytest.mark.parametrize(("name", "difference"), [("fp32", 1e-5), ("int8", 0.1), ("export", 1e-5)])
+def test_a_torchscript_file_has_all_variants_too(name, difference, trained, images, tmp_path):
     script = trace_module(trained.model, torch.zeros(1, 3, 32, 32))
     own = TrainedModel("own", {}, CLASSES, SMALL, script)
-    made = optimize.make(own, "fp32", images, tmp_path, None, 0.0)
-    assert made.same_class == 1
-    for name, words in (("int8", "cannot be quantised"), ("export", "cannot be exported")):
-        with pytest.raises(UserError, match=words):
-            optimize.make(own, name, images, tmp_path, None, 1.0)
-    assert freeze(freeze(script))
+    made = optimize.make(own, name, images, tmp_path, images, 1.0)
+    assert made.max_difference < difference
+    expected = optimize.make(trained, name, images, tmp_path, images, 1.0)
+    assert made.engine == expected.engine
+    assert abs(made.bytes - expected.bytes) < 0.1 * expected.bytes
+
+
+def test_freezing_twice_is_freezing(trained):
+    assert freeze(freeze(trace_module(trained.model, torch.zeros(1, 3, 32, 32))))
 
 
 def test_int8_without_images_names_what_it_needs(trained, images, tmp_path):
