@@ -158,7 +158,9 @@ def share_image(path: Path, bucket: str) -> str:
     """Upload a file to `bucket` and return an address for it that is valid for an hour."""
     config = botocore.config.Config(signature_version="s3v4")
     s3 = boto3.client("s3", config=config)
-    key = f"images/{path.parent.name}/{path.name}"
+    with path.open("rb") as file:  # by content: names may come twice
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    key = f"images/{digest[:16]}/{path.name}"
     try:
         s3.upload_file(str(path), bucket, key)
     except (*AWS_ERRORS, boto3.exceptions.S3UploadFailedError) as error:

@@ -22,6 +22,7 @@ MAX_READS = 200_000  # under a second; a 10 MB PNG in chunks of 8 kB takes 7,000
 MAX_PROFILES = 100  # Pillow joins EXIF segments in quadratic time, and unpacks each colour profile
 PROFILES = (b"Exif\0\0", b"iCCP")  # as they begin in a JPEG and in a PNG
 
+Image.preinit()  # imports the formats' modules here and not in the first request, 10 ms
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # load_image asks itself
 

@@ -4,11 +4,9 @@ PyTorch converts the recording to a graph of its operators. Those with weights, 
 quantisation knows as modules only, become torch.nn's modules again.
 """
 
-import contextlib
-import logging
 import operator
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import fx, nn
@@ -31,11 +29,14 @@ def to_module(script: torch.jit.ScriptModule, example: torch.Tensor) -> fx.Graph
         # Private, but the only way back, and what it gives is checked by whoever uses it.
         from torch._export.converter import TS2EPConverter
 
-        with _quiet(), torch.no_grad():
-            program = TS2EPConverter(script, (example,)).convert()
-            # Once more, for shapes that are numbers: a recording computes with them.
-            program = torch.export.export(program.module(), (example,))
-            module = program.module(check_guards=False)
+        class Converter(TS2EPConverter):
+            def retrace_as_exported_program(self, graph, _constants):
+                # Its own way keeps shapes as symbols, with which a DenseNet takes many minutes.
+                return torch.export.export(graph, self.sample_args)
+
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            module = Converter(script, (example,)).convert().module(check_guards=False)
         if depends := [node for node in module.graph.nodes if _reads_values(node)]:
             raise ValueError(f"it depends on the values of the image ({depends[0]})")
     except Exception as error:  # the converter has an exception for everything it cannot do
@@ -44,40 +45,30 @@ def to_module(script: torch.jit.ScriptModule, example: torch.Tensor) -> fx.Graph
             f"this TorchScript file cannot be turned into a module: {reason[0]}; choose the "
             "variant fp32, or bring the model as Python code"
         ) from error
-    graph = module.graph
-    _plain_signature(graph)
-    for number, node in enumerate(list(graph.nodes)):
+    _plain_signature(module.graph)
+    for number, node in enumerate(list(module.graph.nodes)):
         if node.op == "call_function" and node.target in REPLACED:
-            arguments = _arguments(node, module)
-            made = REPLACED[node.target](arguments)
-            if made is None:
-                continue
-            with graph.inserting_before(node):
-                if isinstance(made, nn.Module):
-                    name = f"{made._get_name().lower()}_{number}"
-                    module.add_submodule(name, made.eval())
-                    inputs = tuple(x for x in node.args if _is_computed(x))
-                    new = graph.call_module(name, inputs[:1])
-                else:
-                    new = graph.call_function(made, node.args, dict(node.kwargs))
-            node.replace_all_uses_with(new)
-            graph.erase_node(node)
-    graph.eliminate_dead_code()
-    return fx.GraphModule(module, graph).eval()  # the exporter's own class has no eval
+            _replace(node, REPLACED[node.target](_arguments(node, module)), module, number)
+    module.graph.eliminate_dead_code()
+    return fx.GraphModule(module, module.graph).eval()  # the exporter's own class has no eval
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warnings that the example's batch of one is taken for fixed, which it is."""
-    logger = logging.getLogger("torch._export.non_strict_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+def _replace(
+    node: fx.Node, made: nn.Module | Callable | None, module: fx.GraphModule, number: int
+) -> None:
+    """Put what an entry of REPLACED has made in the place of an operator."""
+    if made is None:
+        return
+    with module.graph.inserting_before(node):
+        if isinstance(made, nn.Module):
+            name = f"{made._get_name().lower()}_{number}"
+            module.add_submodule(name, made.eval())
+            (image,) = [x for x in node.args if isinstance(x, fx.Node) and x.op != "get_attr"]
+            new = module.graph.call_module(name, (image,))
+        else:
+            new = module.graph.call_function(made, node.args, node.kwargs)
+    node.replace_all_uses_with(new)
+    module.graph.erase_node(node)
 
 
 def _plain_signature(graph: fx.Graph) -> None:
@@ -95,10 +86,6 @@ def _reads_values(node: fx.Node) -> bool:
         aten.item.default,
         aten._local_scalar_dense.default,
     )
-
-
-def _is_computed(value: object) -> bool:
-    return isinstance(value, fx.Node) and value.op != "get_attr"
 
 
 def _arguments(node: fx.Node, module: nn.Module) -> dict:

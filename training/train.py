@@ -124,9 +124,9 @@ def get_model(
             )
         else:
             wanted = sized(preprocessing or IMAGENET, image_size)
-            trained = _load(
-                source, architecture, weights, model_file or saved, classes_file, wanted
-            )
+            if model_file is None and source == "checkpoint":
+                model_file = saved
+            trained = _load(source, architecture, weights, model_file, classes_file, wanted)
             if preprocessing or image_size:
                 trained.preprocessing = sized(preprocessing or trained.preprocessing, image_size)
             if folder := find_data(source, data, skip_bad):
@@ -206,12 +206,15 @@ def _load(
     source: str,
     architecture: str,
     weights: str | Path | None,
-    model_file: str | Path,
+    model_file: str | Path | None,
     classes_file: str | Path | None,
     preprocessing: Preprocessing,
 ) -> TrainedModel:
     if source == "pretrained":
         return pretrained(architecture, str(weights or "DEFAULT"))
+    if model_file is None:
+        form = "path/to/file.py:function" if source == "module" else "a TorchScript file"
+        raise UserError(f"the source {source} needs the model: {form}")
     classes = Path(classes_file).expanduser() if classes_file else None
     if source == "checkpoint":
         return from_checkpoint(Path(model_file).expanduser(), architecture, classes)

@@ -450,6 +450,9 @@ def test_sources_that_lack_what_they_need(tmp_path):
     for source in ("folder", "dataset"):
         with pytest.raises(UserError, match="needs the data"):
             get_model(source, output=tmp_path)
+    for source in ("torchscript", "module"):
+        with pytest.raises(UserError, match="needs the model"):
+            get_model(source, classes_file=tmp_path / "names.txt", output=tmp_path)
     for epochs in (0, 1.5, "3"):
         with pytest.raises(UserError, match="epochs"):
             get_model("digits", epochs=epochs, output=tmp_path)
