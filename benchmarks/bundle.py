@@ -105,15 +105,15 @@ def summarise(rounds: list[dict]) -> tuple[list[dict], dict[str, float]]:
     return [{"rate_mb_s": rate, "way": way} | m for (rate, way), m in medians.items()], ratios
 
 
-def table(medians: list[dict], ratios: dict[str, float]) -> str:
+def table(result: dict) -> str:
     """Markdown, a row for each rate and way."""
     lines = ["| MB/s | way | fetch s | load s | total s | ratio |", "| --- | --- |" + " ---: |" * 4]
-    for row in medians:
+    for row in result["median"]:
         rate, way = row["rate_mb_s"], row["way"]
-        ratio = f"{ratios[format(rate, 'g')]:.2f}" if way == "bundle" else ""
+        ratio = f"{result['ratio'][format(rate, 'g')]:.2f}" if way == "bundle" else ""
         parts = [f"{row[n]:.2f}" if way != "ready" else "" for n in ("fetch_s", "load_s")]
         lines.append(
-            f"| {rate or 'no limit'} | {way} | {' | '.join(parts)} "
+            f"| {format(rate, 'g') if rate else 'no limit'} | {way} | {' | '.join(parts)} "
             f"| {row['total_s']:.2f} | {ratio} |"
         )
     return "\n".join(lines)
@@ -138,7 +138,7 @@ def main() -> None:
     medians, ratios = summarise(rounds)
     result = {"ratio": ratios, "median": medians, "rounds": rounds, "latency_s": options.latency}
     output = results.write("bundle", result, options.output)
-    print(table(medians, ratios))
+    print(table(result))
     print(shown(output))
 
 

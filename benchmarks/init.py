@@ -193,14 +193,14 @@ def summarise(rounds: list[dict]) -> list[dict]:
     return medians
 
 
-def table(medians: list[dict]) -> str:
+def table(result: dict) -> str:
     """Markdown, a row for each number of cores, model and variant."""
     lines = [
         "| cores | model | variant | engine | first answer s | load ms | first ms | second ms "
         "| warm ms | second / warm |",
         "| --- | --- | --- | --- |" + " ---: |" * 6,
     ]
-    for row in medians:
+    for row in result["median"]:
         lines.append(
             f"| {row['cores']} | {row['model']} | {row['variant']} | {row['engine']} "
             f"| {row['first_answer_s']:.2f} | {row['load_ms']:.0f} | {row['first_ms']:.1f} "
@@ -229,7 +229,7 @@ def main() -> None:
     settings = {"latency_s": options.latency, "rate_mb_s": options.rate}
     result = {"median": summarise(rounds), "rounds": rounds, "s3": settings}
     output = results.write("init", result, options.output)
-    print(table(result["median"]))
+    print(table(result))
     print(shown(output))
 
 

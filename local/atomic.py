@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from local.cli import UserError
+
+FULL = 1 << 20  # bytes free, or fewer
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -14,6 +18,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
     On an exception what was written is removed. What a killed process left is removed by the next
     writer of the same path. A directory can only take the place of an empty one (`os.replace`).
+
+    Raises:
+        UserError: the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path)
@@ -23,6 +30,10 @@ def replacing(path: Path) -> Iterator[Path]:
         _sync(partial)
         os.replace(partial, path)
         _sync(path.parent)
+    except (OSError, RuntimeError) as error:  # torch's writer knows RuntimeError only
+        if shutil.disk_usage(path.parent).free > FULL:
+            raise
+        raise UserError(f"the disk is full: {path} was not written") from error
     finally:
         _remove(partial)
 

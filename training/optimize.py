@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=OUTPUT / "checkpoint.pt")
     parser.add_argument("--variant", choices=SUFFIXES, default="fp32", help="default: %(default)s")
     parser.add_argument("--images", type=Path, help="folder to compare on (default: digits)")
-    parser.add_argument("--limit", type=int, default=64, help="images (default: %(default)s)")
+    parser.add_argument("--limit", type=int, default=400, help="images (default: %(default)s)")
     parser.add_argument(
         "--calibration", type=Path, help="folder of images for int8 (default: the training split)"
     )

@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 
@@ -72,3 +73,25 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
     with replacing(path) as partial:
         partial.write_text("whole")
     assert list(tmp_path.iterdir()) == [path] and path.read_text() == "whole"
+
+
+def test_a_full_disk_gets_a_sentence_and_the_old_file_stays(tmp_path):
+    code = (
+        "import sys, torch; from pathlib import Path; from local.atomic import replacing\n"
+        "path = Path(sys.argv[1], 'file'); path.write_text('old')\n"
+        "try:\n"
+        "    with replacing(path) as partial:\n"
+        "        torch.save(torch.zeros(4_000_000), partial)\n"
+        "except BaseException as error:\n"
+        "    print(type(error).__name__, error)\n"
+        "print(path.read_text(), len(list(path.parent.iterdir())))"
+    )
+    mount = 'mount -t tmpfs -o size=10m tmpfs "$1" && shift && exec "$@"'
+    inside = ["unshare", "-m", "sh", "-c", mount, "sh", tmp_path]
+    if not shutil.which("unshare") or subprocess.run([*inside, "true"]).returncode:
+        pytest.skip("mounting needs root")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [*inside, sys.executable, "-c", code, tmp_path]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.startswith("UserError the disk is full: ")
+    assert done.stdout.endswith("old 1\n")
