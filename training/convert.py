@@ -36,16 +36,19 @@ def to_module(script: torch.jit.ScriptModule, example: torch.Tensor) -> fx.Graph
 
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            module = Converter(script, (example,)).convert().module(check_guards=False)
+            converter = Converter(script, (example,))
+            for warning in converter.ts_graph.findAllNodes("aten::warn"):
+                warning.destroy()  # GoogLeNet's, about its training; it has no operator
+            module = converter.convert().module(check_guards=False)
         if depends := [node for node in module.graph.nodes if _reads_values(node)]:
             raise ValueError(f"it depends on the values of the image ({depends[0]})")
+        _plain_signature(module.graph)
     except Exception as error:  # the converter has an exception for everything it cannot do
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             f"this TorchScript file cannot be turned into a module: {reason[0]}; choose the "
             "variant fp32, or bring the model as Python code"
         ) from error
-    _plain_signature(module.graph)
     for number, node in enumerate(list(module.graph.nodes)):
         if node.op == "call_function" and node.target in REPLACED:
             _replace(node, REPLACED[node.target](_arguments(node, module)), module, number)
@@ -76,8 +79,9 @@ def _plain_signature(graph: fx.Graph) -> None:
     graph.set_codegen(fx.graph.CodeGen())
     (output,) = graph.find_nodes(op="output")
     while isinstance(output.args[0], tuple | list):
-        (value,) = output.args[0]
-        output.args = (value,)
+        if len(output.args[0]) != 1:
+            raise ValueError("it does not answer with one tensor")
+        output.args = (output.args[0][0],)
 
 
 def _reads_values(node: fx.Node) -> bool:

@@ -171,7 +171,7 @@ def from_torchscript(path: Path, classes: Path, preprocessing: Preprocessing) ->
         raise UserError(f"{path} is damaged or not a TorchScript file") from error
     served = _served(model, names, preprocessing, path)
     if served is not model:
-        model, archive = _traced(served, preprocessing.crop)
+        model, archive = _recorded(served, preprocessing.crop)
     return TrainedModel(
         architecture=slug(path.stem),
         options={},
@@ -204,13 +204,13 @@ def from_module(
     if weights is not None:
         _load(model, read_state_dict(weights), weights, reference)
     served = _served(model.eval().cpu(), names, preprocessing, reference)
-    traced, archive = _traced(served, preprocessing.crop)
+    recorded, archive = _recorded(served, preprocessing.crop)
     return TrainedModel(
         architecture=slug(type(model).__name__),
         options={},
         classes=names,
         preprocessing=preprocessing,
-        model=traced,
+        model=recorded,
         configuration={"source": "module"},
         archive=archive,
     )
@@ -291,17 +291,27 @@ def read_preprocessing(value: str | dict | None) -> Preprocessing | None:
         raise UserError(f"the preprocessing cannot be read from {value!r}: {error}") from error
 
 
-class _Logits(nn.Module):
-    """The logits alone, of a model that answers with a tuple (of which they come first, as with
-    torchvision's auxiliary outputs) or a dict (`logits`, as with Hugging Face's)."""
+class _First(nn.Module):
+    """The logits alone of a model that answers with a tuple: torchvision's auxiliary outputs come
+    after them, and Hugging Face's other ones."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
-        outputs = self.model(batch)
-        return outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        return self.model(batch)[0]
+
+
+class _Named(nn.Module):
+    """The logits alone of a model that answers with a dict."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.model(batch)["logits"]
 
 
 class _LogProbabilities(nn.Module):
@@ -315,14 +325,17 @@ class _LogProbabilities(nn.Module):
         return self.model(batch).clamp_min(1e-30).log()
 
 
-def _traced(model: nn.Module, size: int) -> tuple[torch.jit.ScriptModule, bytes]:
+def _recorded(model: nn.Module, size: int) -> tuple[torch.jit.ScriptModule, bytes]:
     """The module as TorchScript and its file's bytes; proven equal on another batch."""
     buffer = io.BytesIO()
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", FutureWarning)
-            traced = torch.jit.trace(model.eval(), _noise(1, size), check_trace=False)
-            torch.jit.save(traced, buffer)
+            if any(isinstance(part, torch.jit.ScriptModule) for part in model.modules()):
+                recorded = torch.jit.script(model.eval())  # what it holds cannot all be traced
+            else:
+                recorded = torch.jit.trace(model.eval(), _noise(1, size), check_trace=False)
+            torch.jit.save(recorded, buffer)
     except Exception as error:  # whatever tracing meets in code that is not ours
         raise UserError(f"the model cannot be traced: {_last_line(error)}") from error
     archive = buffer.getvalue()
@@ -353,7 +366,7 @@ def _served(
             outputs = served(_noise(1, size))
             if isinstance(outputs, Mapping | tuple | list):
                 print(f"{name} answers with more than logits; those alone are served")
-                served = _Logits(served)
+                served = (_Named if isinstance(outputs, Mapping) else _First)(served)
                 outputs = served(_noise(1, size))
     except Exception as error:  # of code that is not ours
         raise UserError(

@@ -59,7 +59,12 @@ class Growing(nn.Module):
         return x.mean((2, 3)).repeat(1, int(x.sum()))
 
 
-@pytest.mark.parametrize("model", [Branching(), Growing()])
-def test_what_depends_on_the_values_gets_a_sentence(model):
+class Two(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+@pytest.mark.parametrize("model", [Branching(), Growing(), Two()])
+def test_what_cannot_be_converted_gets_a_sentence(model):
     with pytest.raises(UserError, match=r"into a module: .*variant fp32"):
         to_module(torch.jit.script(model.eval()), IMAGE)

@@ -5,6 +5,7 @@ import io
 import json
 import sys
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import photographs
 import pytest
@@ -16,6 +17,7 @@ from torch import nn
 from local.cli import UserError
 from preprocessing import IMAGENET, Preprocessing
 from training import model_card
+from training.convert import to_module
 from training.model import TrainedModel, build
 from training.sources import fine_tunable, read_class_names, read_preprocessing
 from training.train import get_model
@@ -240,6 +242,35 @@ def test_logits_are_found(source, form, sentence, network, classes, tmp_path, ca
     image = torch.rand(2, 3, 32, 32)
     with torch.inference_mode():
         assert torch.allclose(trained.model(image), network(image), atol=1e-2)
+
+
+class Auxiliary(NamedTuple):
+    logits: torch.Tensor
+    auxiliary: torch.Tensor | None
+
+
+class Scripted(nn.Module):
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        return Auxiliary(self.network(x), None)
+
+
+def test_a_scripted_tuple_with_nothing_in_it(network, classes, tmp_path):
+    torch.jit.save(torch.jit.script(Scripted(network)), tmp_path / "model.pt")
+    trained = get_model(
+        "torchscript",
+        model_file=tmp_path / "model.pt",
+        classes_file=classes,
+        preprocessing=SIZE,
+        output=tmp_path / "out",
+    )
+    image = torch.rand(1, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.allclose(trained.model(image), network(image), atol=1e-5)
+        assert torch.allclose(to_module(trained.model, image)(image), network(image), atol=1e-5)
 
 
 def test_torchscript_files_that_cannot_be_served(network, classes, tmp_path):
