@@ -48,8 +48,8 @@ console = Console(highlight=False, soft_wrap=True)
 class Steps:
     """Shows which step of a notebook runs and how long each took. A step is a headed section."""
 
-    def __init__(self, notebook: nbformat.NotebookNode):
-        self.headings = _headings(notebook)
+    def __init__(self):
+        self.headings: list[str] = []
         self.name = ""
         self.started = 0.0
         self.progress = Progress(
@@ -92,6 +92,7 @@ class Engine(NBClientEngine):
 
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, **kwargs):
+        cls.steps.headings = _headings(nb_man.nb)  # with the cell of parameters put in
         cell_start = nb_man.cell_start
 
         @functools.wraps(cell_start)
@@ -109,7 +110,7 @@ def run_notebook(path: Path, output: Path, parameters: dict | None = None) -> No
     notebook = nbformat.read(path, as_version=4)
     title = notebook.cells[0].source.splitlines()[0].lstrip("# ")
     console.print(f"{path.stem[:2]}  {title}", style="bold", markup=False)
-    with Steps(notebook) as steps:
+    with Steps() as steps:
         Engine.steps = steps
         try:
             papermill.execute_notebook(

@@ -34,6 +34,25 @@ def test_a_good_notebook_shows_its_steps(run, capsys):
     assert "A step" in shown
 
 
+def test_steps_keep_their_names_when_parameters_are_put_in(run, tmp_path, capsys):
+    run("X = 1")
+    path = tmp_path / "05_layer.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": ""}
+    notebook.cells[-1].metadata["tags"] = ["parameters"]
+    later = ["## A later step", "## The last step"]
+    for heading, code in zip(later, ["assert X == 2", "1 / 0"], strict=True):
+        notebook.cells += [new_markdown_cell(heading), new_code_cell(code)]
+    nbformat.write(notebook, path)
+    with pytest.raises(SystemExit):
+        walkthrough.run_notebook(path, tmp_path / "executed.ipynb", {"X": 2})
+    shown = capsys.readouterr()
+    steps = ["A step", *later]
+    places = [shown.out.rindex(step.removeprefix("## ")) for step in steps]
+    assert places == sorted(places)
+    assert "The last step" in shown.err
+
+
 @pytest.mark.parametrize(
     ("cell", "cause"),
     [
