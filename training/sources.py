@@ -7,16 +7,13 @@ file, or a function that returns any nn.Module.
 import contextlib
 import importlib
 import importlib.util
-import io
 import json
 import os
-import re
 import socket
 import sys
 import traceback
 import urllib.error
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -25,7 +22,9 @@ from torch import nn
 
 from local.cli import UserError
 from local.paths import ROOT
+from network import last_line
 from preprocessing import IMAGENET, Preprocessing
+from training.adapt import adapt, record
 from training.data import NETWORK_TIMEOUT, slug
 from training.model import (
     WITHOUT_AUXILIARY,
@@ -169,9 +168,9 @@ def from_torchscript(path: Path, classes: Path, preprocessing: Preprocessing) ->
         model = load_torchscript(archive)
     except RuntimeError as error:
         raise UserError(f"{path} is damaged or not a TorchScript file") from error
-    served = _served(model, names, preprocessing, path)
+    served = adapt(model, names, preprocessing, path)
     if served is not model:
-        model, archive = _recorded(served, preprocessing.crop)
+        model, archive = record(served, preprocessing.crop)
     return TrainedModel(
         architecture=slug(path.stem),
         options={},
@@ -203,8 +202,8 @@ def from_module(
         raise UserError(f"{reference} returned {type(model).__name__}, not a torch.nn.Module")
     if weights is not None:
         _load(model, read_state_dict(weights), weights, reference)
-    served = _served(model.eval().cpu(), names, preprocessing, reference)
-    recorded, archive = _recorded(served, preprocessing.crop)
+    served = adapt(model.eval().cpu(), names, preprocessing, reference)
+    recorded, archive = record(served, preprocessing.crop)
     return TrainedModel(
         architecture=slug(type(model).__name__),
         options={},
@@ -291,110 +290,6 @@ def read_preprocessing(value: str | dict | None) -> Preprocessing | None:
         raise UserError(f"the preprocessing cannot be read from {value!r}: {error}") from error
 
 
-class _First(nn.Module):
-    """The logits alone of a model that answers with a tuple: torchvision's auxiliary outputs come
-    after them, and Hugging Face's other ones."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: torch.Tensor) -> torch.Tensor:
-        return self.model(batch)[0]
-
-
-class _Named(nn.Module):
-    """The logits alone of a model that answers with a dict."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: torch.Tensor) -> torch.Tensor:
-        return self.model(batch)["logits"]
-
-
-class _LogProbabilities(nn.Module):
-    """softmax(log p) is p."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: torch.Tensor) -> torch.Tensor:
-        return self.model(batch).clamp_min(1e-30).log()
-
-
-def _recorded(model: nn.Module, size: int) -> tuple[torch.jit.ScriptModule, bytes]:
-    """The module as TorchScript and its file's bytes; proven equal on another batch."""
-    buffer = io.BytesIO()
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", FutureWarning)
-            if any(isinstance(part, torch.jit.ScriptModule) for part in model.modules()):
-                recorded = torch.jit.script(model.eval())  # what it holds cannot all be traced
-            else:
-                recorded = torch.jit.trace(model.eval(), _noise(1, size), check_trace=False)
-            torch.jit.save(recorded, buffer)
-    except Exception as error:  # whatever tracing meets in code that is not ours
-        raise UserError(f"the model cannot be traced: {_last_line(error)}") from error
-    archive = buffer.getvalue()
-    loaded = load_torchscript(archive)
-    other = _noise(2, size)[1:]
-    with torch.inference_mode():
-        for batch in (other, other + 1, other - 1):
-            if not torch.allclose(model(batch), loaded(batch), rtol=1e-3, atol=1e-4):
-                raise UserError(
-                    "the traced model answers differently from the original: it depends on the "
-                    "image in a way that a trace does not record (an `if` on the values, perhaps); "
-                    "save it by torch.jit.script and take it as TorchScript"
-                )
-    return loaded, archive
-
-
-def _served(
-    model: nn.Module, classes: list[str], preprocessing: Preprocessing, name: object
-) -> nn.Module:
-    """The module, or one around it that gives float32 logits. Running it on an image shows what it
-    takes and gives. Raises UserError if it takes no such image or gives something else."""
-    size, count, served = preprocessing.crop, len(classes), model
-    if {tensor.dtype for tensor in model.parameters()} & {torch.float16, torch.bfloat16}:
-        print(f"{name} has weights of half precision; they are served as float32")
-        served = nn.Sequential(model.float())
-    try:
-        with torch.inference_mode():
-            outputs = served(_noise(1, size))
-            if isinstance(outputs, Mapping | tuple | list):
-                print(f"{name} answers with more than logits; those alone are served")
-                served = (_Named if isinstance(outputs, Mapping) else _First)(served)
-                outputs = served(_noise(1, size))
-    except Exception as error:  # of code that is not ours
-        raise UserError(
-            f"{name} fails on images of 3 x {size} x {size}: {_last_line(error)}"
-        ) from error
-    if not isinstance(outputs, torch.Tensor) or outputs.ndim != 2 or len(outputs) != 1:
-        raise UserError(f"{name} does not answer with one row of numbers for an image")
-    if outputs.shape[1] != count:
-        raise UserError(f"{name} has {outputs.shape[1]} outputs, but there are {count} classes")
-    if outputs.dtype != torch.float32 or not outputs.isfinite().all():
-        raise UserError(f"{name} does not answer with finite float32 numbers")
-    if _answers_probabilities(served, size):
-        print(f"{name} answers with probabilities; their logarithms are served instead")
-        served = _LogProbabilities(served)
-    return served
-
-
-def _answers_probabilities(model: nn.Module, size: int) -> bool:
-    with torch.inference_mode():
-        outputs = torch.cat([model(image[None]) for image in _noise(4, size)])
-    sums = torch.ones(len(outputs))
-    return bool((outputs >= 0).all()) and torch.allclose(outputs.sum(1), sums, atol=1e-4)
-
-
-def _noise(count: int, size: int) -> torch.Tensor:
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
-
-
 def _load(model: nn.Module, state: dict, path: Path, what: str) -> None:
     try:
         model.load_state_dict(state)
@@ -426,7 +321,7 @@ def _call(reference: str) -> object:
         where = traceback.extract_tb(error.__traceback__)[-1]
         raise UserError(
             f"{reference} fails at {Path(where.filename).name}:{where.lineno}: "
-            f"{type(error).__name__}: {_last_line(error)}"
+            f"{type(error).__name__}: {last_line(error)}"
         ) from error
 
 
@@ -474,9 +369,3 @@ def _preprocessing_of(transforms: nn.Module) -> Preprocessing:
         std=tuple(transforms.std),
         interpolation=transforms.interpolation.value,
     )
-
-
-def _last_line(error: Exception) -> str:
-    """torch's messages bring a C++ backtrace; what went wrong is in the last line."""
-    lines = [line for line in re.split(r"\n+", str(error)) if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
