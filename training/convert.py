@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch._ops import HigherOrderOperator
 
 from local.cli import UserError
+from training.trace import drop_warnings
 
 aten = torch.ops.aten
 
@@ -37,8 +38,7 @@ def to_module(script: torch.jit.ScriptModule, example: torch.Tensor) -> fx.Graph
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             converter = Converter(script, (example,))
-            for warning in converter.ts_graph.findAllNodes("aten::warn"):
-                warning.destroy()  # GoogLeNet's, about its training; it has no operator
+            drop_warnings(converter.ts_graph)
             module = converter.convert().module(check_guards=False)
         if depends := [node for node in module.graph.nodes if _reads_values(node)]:
             raise ValueError(f"it depends on the values of the image ({depends[0]})")

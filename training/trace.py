@@ -110,7 +110,16 @@ def trace_module(model: nn.Module, example: torch.Tensor) -> torch.jit.ScriptMod
 def freeze(script: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
     """Make the weights constants, and fold batch norm into the convolutions before it."""
     with without_deprecation():
-        return torch.jit.freeze(script) if hasattr(script, "training") else script
+        frozen = torch.jit.freeze(script) if hasattr(script, "training") else script
+    drop_warnings(frozen.graph)
+    return frozen
+
+
+def drop_warnings(graph: torch.Graph) -> None:
+    """Remove what a scripted model says at every call, such as GoogLeNet's of its training: it
+    would be in the function's log for each request, and torch.export has no operator for it."""
+    for warning in graph.findAllNodes("aten::warn"):
+        warning.destroy()
 
 
 def serialize(module: torch.jit.ScriptModule, extra_files: dict[str, str] | None = None) -> bytes:

@@ -1,5 +1,8 @@
 """TorchScript turned back into modules: networks of torchvision, and what cannot be converted."""
 
+import io
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +10,7 @@ from torch import nn
 from local.cli import UserError
 from training.convert import to_module
 from training.model import build
-from training.trace import freeze, trace_module
+from training.trace import freeze, serialize, trace_module
 
 IMAGE = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -68,3 +71,19 @@ class Two(nn.Module):
 def test_what_cannot_be_converted_gets_a_sentence(model):
     with pytest.raises(UserError, match=r"into a module: .*variant fp32"):
         to_module(torch.jit.script(model.eval()), IMAGE)
+
+
+class Talkative(nn.Module):
+    def forward(self, x):
+        warnings.warn("about its training", stacklevel=2)
+        return x.mean((2, 3))
+
+
+def test_what_a_model_says_at_every_call_is_left_out(recwarn):
+    script = torch.jit.script(Talkative().eval())
+    data = serialize(freeze(script))
+    for model in (torch.jit.load(io.BytesIO(data)), to_module(script, IMAGE)):
+        assert torch.allclose(model(IMAGE), IMAGE.mean((2, 3)))
+    assert not [warning for warning in recwarn if "training" in str(warning.message)]
+    with pytest.warns(UserWarning, match="about its training"):
+        script(IMAGE)
