@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from tqdm import tqdm
 
 import network
 from archive import KINDS
@@ -157,10 +158,12 @@ def check_in_serving(
     preprocessing: Preprocessing,
     images: Sequence[Path],
     packages: Path | None = None,
+    expected: np.ndarray | None = None,
 ) -> Comparison:
     """Run the archive here and in the serving environment, from image files to logits, and compare.
 
     Args:
+        expected: the logits here, if they are known already.
         packages: directory with the serving environment's torch, numpy and Pillow; by default that
             of the layer, which is installed on first use.
 
@@ -170,8 +173,9 @@ def check_in_serving(
     if packages is None:
         packages = serving_packages(Target.create("local"))
     kind = KINDS[model_path.suffix]
-    here = load_network(model_path, preprocessing.crop)
-    expected = run_model(here, load_images(images, preprocessing))
+    if expected is None:
+        here = load_network(model_path, preprocessing.crop)
+        expected = run_model(here, load_images(images, preprocessing))
     with tempfile.TemporaryDirectory() as scratch:
         request, answer = Path(scratch, "request.json"), Path(scratch, "answer.npy")
         request.write_text(
@@ -202,11 +206,12 @@ def check_in_serving(
     return dataclasses.replace(comparison, **report)
 
 
-def run_model(model: Callable, inputs: np.ndarray) -> np.ndarray:
+def run_model(model: Callable, inputs: np.ndarray, progress: str = "") -> np.ndarray:
     """Logits of (N, classes) for inputs of (N, 3, height, width), computed one image at a time, as
-    the Lambda function does."""
+    the Lambda function does; with a bar of that name if `progress` has one."""
+    images = tqdm(inputs, desc=progress, unit="image", disable=not progress, leave=False)
     with torch.inference_mode():
-        outputs = [model(torch.from_numpy(image[None])) for image in inputs]
+        outputs = [model(torch.from_numpy(image[None])) for image in images]
     return torch.cat(outputs).numpy()
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from networks import small
 from PIL import Image
+from torch import nn
 
 from local.cli import UserError
 from model import Model
@@ -19,17 +20,25 @@ from preprocessing import Preprocessing
 from training import optimize
 from training.bundle import chosen_model, create, read_settings, settings_of
 from training.model import TrainedModel
-from training.trace import compare, freeze, load_images, load_network, run_model, trace_module
+from training.trace import (
+    compare,
+    freeze,
+    load_images,
+    load_network,
+    run_model,
+    serialize,
+    trace_module,
+)
 
 CLASSES = ["dark", "light", "other"]
 SMALL = Preprocessing(32, 32, (0.5,) * 3, (0.5,) * 3)
 
 
-def check_in_process(path, preprocessing, images, packages):
+def check_in_process(path, preprocessing, images, packages, expected):
     """What `training.trace.check_in_serving` answers, without another interpreter."""
     inputs = load_images(images, preprocessing)
     loaded = load_network(path, preprocessing.crop)
-    comparison = compare(run_model(loaded, inputs), run_model(loaded, inputs), {})
+    comparison = compare(expected, run_model(loaded, inputs), {})
     return replace(comparison, engine=loaded.engine, milliseconds=1.0)
 
 
@@ -76,6 +85,20 @@ def test_each_variant_is_served_as_it_was_measured(name, trained, images, tmp_pa
 def test_a_variant_that_loses_too_much_is_refused_and_removed(trained, images, tmp_path):
     with pytest.raises(UserError, match=r"loses .* more than the accepted -100\.0"):
         optimize.make(trained, "int8", images, tmp_path, images, -1.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_answers_differently_is_refused_and_removed(
+    trained, images, tmp_path, monkeypatch
+):
+    def another(_trained, _images, path):
+        torch.manual_seed(1)
+        other = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3)).eval()
+        path.write_bytes(serialize(freeze(trace_module(other, torch.zeros(1, 3, 32, 32)))))
+
+    monkeypatch.setattr(optimize, "trace", another)
+    with pytest.raises(UserError, match="fp32 answers differently"):
+        optimize.make(trained, "fp32", images, tmp_path, None, 1.0)
     assert list(tmp_path.iterdir()) == []
 
 
