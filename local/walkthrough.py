@@ -200,6 +200,8 @@ def store_outputs(executed: Path, notebook: Path) -> None:
     for cell in result.cells:
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
+        if outputs := cell.get("outputs"):  # of a bar that has gone, blanks are left
+            cell.outputs = [output for output in outputs if output.get("text", "text").strip()]
     beside = notebook.with_suffix(".new")
     nbformat.write(result, beside)
     beside.replace(notebook)

@@ -7,6 +7,7 @@ the packages of the Lambda layer, another release of torch, in an interpreter th
 import dataclasses
 import io
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,8 @@ from training.model import TrainedModel, library_versions
 TOLERANCE = 1e-4
 PROVENANCE = "trace.json"
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+
+PATIENCE = 1200  # seconds for all images in the serving environment
 
 
 @dataclass(frozen=True)
@@ -194,7 +197,17 @@ def check_in_serving(
         script = Path(__file__).with_name("run_in_serving.py")
         # -I -S: no environment variables or site-packages, only the library and `packages`.
         command = [sys._base_executable, "-I", "-S", str(script), str(request)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        # As on Lambda, where nobody sets how OpenMP's threads wait (training/__init__.py).
+        environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=PATIENCE, env=environment
+            )
+        except subprocess.TimeoutExpired:
+            raise UserError(
+                f"{model_path} did not answer {len(images)} images in the serving environment "
+                f"within {PATIENCE} s: name fewer"
+            ) from None
         if done.returncode != 0:
             reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
             raise UserError(f"{model_path} does not run in the serving environment: {reason}")

@@ -84,11 +84,12 @@ def test_the_executed_notebook_of_a_failure_is_kept(run, tmp_path):
 
 
 def test_stored_outputs_carry_nothing_of_the_run(run, tmp_path):
-    run("print(6 * 7)")
+    run("import sys\nprint(6 * 7)\nprint('  \\r', end='', file=sys.stderr)")
     target = tmp_path / "05_layer.ipynb"
     walkthrough.store_outputs(tmp_path / "executed.ipynb", target)
     text = target.read_text()
     assert "42" in text
+    assert "stderr" not in [o.name for o in nbformat.read(target, 4).cells[-1].outputs]
     assert "papermill" not in text
 
 
