@@ -37,7 +37,6 @@ from training.model import TrainedModel, library_versions
 TOLERANCE = 1e-4
 PROVENANCE = "trace.json"
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-
 PATIENCE = 1200  # seconds for all images in the serving environment
 
 
